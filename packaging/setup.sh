@@ -1,0 +1,75 @@
+#!/bin/sh
+# Installs the system packages that Limosa needs and that are missing, and says which. For Debian 12 and Ubuntu 24.04.
+# Without root it says what is missing and ends with 1. If nothing is missing it says and does nothing.
+#
+#   setup.sh build   to compile                        setup.sh demo   and to run `limosa demo`
+#   setup.sh all     and to test and benchmark
+set -eu
+
+RUST_MIN=1.95
+PATH="$PATH:/usr/sbin:/sbin"
+purpose=${1:-all}
+
+# "command package" pairs: a package is missing if its command is.
+build='cc:gcc as:binutils ld:binutils make:make'
+demo="$build ip:iproute2 bridge:iproute2"
+all="$demo iperf3:iperf3 qemu-system-x86_64:qemu-system-x86"
+case $purpose in
+    build) wanted=$build ;;
+    demo) wanted=$demo ;;
+    all) wanted=$all ;;
+    *) echo "setup: what is '$purpose'? One of build, demo, all" >&2; exit 2 ;;
+esac
+
+missing=
+add() {
+    case " $missing " in *" $1 "*) ;; *) missing="${missing:+$missing }$1" ;; esac
+}
+for pair in $wanted; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || add "${pair#*:}"
+done
+# The linker needs the C library's start files, which gcc only recommends.
+if ! [ -e "/usr/include/stdio.h" ]; then add libc6-dev; fi
+
+if [ -n "$missing" ]; then
+    if ! command -v apt-get >/dev/null 2>&1; then
+        echo "setup: missing: $missing (Debian's names; there is no apt-get here: install them by your system's means)" >&2
+        exit 1
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "setup: missing: $missing" >&2
+        echo "setup: run this as root, or: sudo apt-get install --no-install-recommends $missing" >&2
+        exit 1
+    fi
+    echo "setup: installing $missing"
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    export DEBIAN_FRONTEND=noninteractive
+    # $missing is a list of words.
+    # shellcheck disable=SC2086
+    if ! { apt-get update && apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
+        echo "setup: apt-get failed:" >&2
+        tail -n 20 "$log" >&2
+        exit 1
+    fi
+    for pair in $wanted; do
+        command -v "${pair%%:*}" >/dev/null 2>&1 || { echo "setup: ${pair#*:} is installed, but ${pair%%:*} is not there" >&2; exit 1; }
+    done
+fi
+
+say_how() {
+    echo "setup: $1" >&2
+    echo "setup: install it by rustup (https://rustup.rs; on Ubuntu 24.04 also 'apt-get install rustup'):" >&2
+    echo "setup:     rustup toolchain install stable --profile minimal -c clippy -c rustfmt && rustup default stable" >&2
+    exit 1
+}
+command -v cargo >/dev/null 2>&1 || say_how "Rust $RUST_MIN or newer is missing"
+have=$(cargo --version 2>/dev/null | cut -d ' ' -f 2)
+[ -n "$have" ] || say_how "cargo is there but does not run"
+oldest=$(printf '%s\n%s\n' "$RUST_MIN" "$have" | sort -V | head -n 1)
+[ "$oldest" = "$RUST_MIN" ] || say_how "Rust $have is too old: $RUST_MIN or newer is needed"
+if [ "$purpose" = all ]; then
+    for part in clippy fmt; do
+        cargo $part --version >/dev/null 2>&1 || say_how "cargo $part is missing"
+    done
+fi

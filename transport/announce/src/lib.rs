@@ -1,0 +1,51 @@
+//! Telling the network where a guest is: gratuitous ARP, unsolicited NA, RARP, and the entry in the local bridge.
+//!
+//! After a migration the guest has the MAC and the addresses it always had, but it hangs on another port of the
+//! network. Nobody knows until the guest happens to send something. So the new host speaks for it, in two ways:
+//!
+//! 1. Frames with the guest's MAC as their source leave through the bridge ([`frames`]). Every switch on the way
+//!    learns the new port from them, and the neighbours renew their ARP and neighbour tables.
+//! 2. The *local* bridge does not learn from frames that this host sends by itself, and may still believe that the
+//!    MAC is behind its uplink, where the guest used to be. So it is told by netlink that the MAC is on the
+//!    guest's TAP, in the way of `bridge fdb replace MAC dev TAP master dynamic`. This is done first.
+//!
+//! Both are repeated on a [`Schedule`], because a frame can get lost and because a late frame of the old place can
+//! undo the entry.
+//!
+//! ```no_run
+//! use limosa_announce::{Announcer, Nic, Schedule};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let nic = Nic {
+//!     mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
+//!     addresses: vec!["10.0.0.5".parse()?],
+//!     interface: "br0".into(),
+//!     port: Some("tap0".into()),
+//!     ..Nic::default()
+//! };
+//! let announcer = Announcer::open()?;
+//! announcer.run(&[nic], &Schedule::default(), || false, |sent| println!("{sent}"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Not here: the decision *when* a guest may be announced (only after the commit; that is the agent's), and finding
+//! out which addresses a guest has.
+
+#![deny(unsafe_code)]
+
+mod announcer;
+mod arp;
+mod fdb;
+mod frame;
+mod ndisc;
+mod nic;
+mod rarp;
+mod schedule;
+#[allow(unsafe_code)]
+mod socket;
+
+pub use announcer::{Announcer, Outcome, Sent};
+pub use frame::{FRAME_BYTES_MIN, Frame, FrameKind, frames};
+pub use nic::{ADDRESSES_MAX, Nic, mac_words};
+pub use schedule::{Due, GAP_MAX, ROUNDS_MAX, Rounds, Schedule, ScheduleError};
+pub use socket::OpenError;
