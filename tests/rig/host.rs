@@ -1,0 +1,352 @@
+//! One host of a lab: a namespace with a bridge, an agent, and the guests that were started on it.
+//! What the command prints is taken as its JSON; nothing here looks into an agent's memory or files but its logs.
+
+use crate::command::finish;
+use crate::netns::{Netns, run};
+use crate::process::{self, Process, limosa_bin, wait_for};
+use crate::spec::beat_of;
+
+pub use crate::command::{Output, Running, limosa, read_text, tail};
+pub use crate::spec::{Beat, GuestSpec};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// How long anything may take that is no migration.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// The agents' port.
+pub const PORT: u16 = 13560;
+
+/// What an agent is configured with; the default lets every host of the lab in.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// CIDRs of [allow].
+    pub peers: Vec<String>,
+    /// [[network]] name and bridge.
+    pub networks: Vec<(String, String)>,
+    /// Keys of [migration], as TOML writes their values.
+    pub migration: BTreeMap<String, String>,
+    /// Keys of [agent] beside the ones that the rig sets.
+    pub agent: BTreeMap<String, String>,
+}
+
+impl Default for AgentConfig {
+    fn default() -> AgentConfig {
+        AgentConfig {
+            peers: vec!["10.77.0.0/24".into()],
+            networks: vec![("lan".into(), "br0".into())],
+            migration: BTreeMap::from([("plaintext_lanes".into(), "true".into())]),
+            agent: BTreeMap::new(),
+        }
+    }
+}
+
+impl AgentConfig {
+    /// Sets one key of [migration].
+    pub fn migration(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.migration.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    /// Sets the allow-list.
+    pub fn peers(mut self, peers: &[&str]) -> AgentConfig {
+        self.peers = peers.iter().map(|p| (*p).to_owned()).collect();
+        self
+    }
+
+    /// Sets the networks.
+    pub fn networks(mut self, networks: &[(&str, &str)]) -> AgentConfig {
+        self.networks = networks.iter().map(|(n, b)| ((*n).to_owned(), (*b).to_owned())).collect();
+        self
+    }
+
+    fn text(&self, host: &Host) -> Result<String> {
+        let mut text = String::new();
+        writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{}\"]", host.name, host.address())?;
+        writeln!(text, "state_dir = \"{}\"\nrun_dir = \"{}\"", host.state_dir().display(), host.run_dir().display())?;
+        for (key, value) in &self.agent {
+            writeln!(text, "{key} = {value}")?;
+        }
+        writeln!(text, "\n[allow]\npeers = {:?}", self.peers)?;
+        for (name, bridge) in &self.networks {
+            writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
+        }
+        writeln!(text, "\n[migration]")?;
+        for (key, value) in &self.migration {
+            writeln!(text, "{key} = {value}")?;
+        }
+        Ok(text)
+    }
+}
+
+/// One host.
+#[derive(Debug)]
+pub struct Host {
+    /// Its name in the lab, and the agent's.
+    pub name: String,
+    /// Its namespace.
+    pub netns: Netns,
+    /// Its address on br0.
+    pub ip: Ipv4Addr,
+    dir: PathBuf,
+    config: AgentConfig,
+    agent: Option<Process>,
+    commands: std::cell::Cell<u32>,
+}
+
+impl Host {
+    /// A host with a bridge `br0` whose uplink `up0` exists already, with no agent yet.
+    pub fn new(name: &str, netns: Netns, ip: Ipv4Addr, dir: PathBuf) -> Result<Host> {
+        std::fs::create_dir_all(&dir)?;
+        netns.ip("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
+        for words in ["link set up0 master br0", "link set up0 up", "link set br0 up"] {
+            netns.ip(words)?;
+        }
+        netns.ip(&format!("addr add {ip}/24 dev br0"))?;
+        let commands = std::cell::Cell::new(0);
+        Ok(Host { name: name.to_owned(), netns, ip, dir, config: AgentConfig::default(), agent: None, commands })
+    }
+
+    /// The agent's address.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(IpAddr::V4(self.ip), PORT)
+    }
+
+    /// The agent's state.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The agent's sockets.
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
+    /// A file of this host for the test's own use.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// What the agent logged (all its lives).
+    pub fn agent_log(&self) -> String {
+        read_text(&self.dir.join("agent.log"))
+    }
+
+    /// Starts the agent and waits until it answers.
+    pub fn start_agent(&mut self, config: AgentConfig) -> Result<()> {
+        self.config = config;
+        let path = self.file("agent.toml");
+        std::fs::write(&path, self.config.text(self)?)?;
+        let log = File::options().create(true).append(true).open(self.dir.join("agent.log"))?;
+        let mut command = self.netns.command(limosa_bin()?);
+        command.arg("agent").arg("--config").arg(&path).stdout(log.try_clone()?).stderr(log);
+        let mut process = Process::start("limosa agent", &mut command)?;
+        let answer = wait_for(PATIENCE, "the agent's first answer", || {
+            if let Some(status) = process.ended()? {
+                bail!("the agent of {} ended with {status}:\n{}", self.name, self.agent_log());
+            }
+            let output = self.limosa(&["--json", "vm", "list"])?;
+            Ok((output.code == 0).then_some(()))
+        });
+        answer.with_context(|| format!("log of {}:\n{}", self.name, self.agent_log()))?;
+        self.agent = Some(process);
+        Ok(())
+    }
+
+    /// Starts the agent again as it was.
+    pub fn restart_agent(&mut self) -> Result<()> {
+        self.start_agent(self.config.clone())
+    }
+
+    /// The agent's process id.
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().with_context(|| format!("{} has no agent", self.name))?.pid())
+    }
+
+    /// `kill -9` of the agent.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        self.agent.take().with_context(|| format!("{} has no agent", self.name))?.kill()
+    }
+
+    /// Stops the agent as an operator does, and waits for its end.
+    pub fn stop_agent(&mut self) -> Result<std::process::ExitStatus> {
+        let mut agent = self.agent.take().with_context(|| format!("{} has no agent", self.name))?;
+        agent.signal(nix::sys::signal::Signal::SIGTERM);
+        agent.wait(PATIENCE)
+    }
+
+    fn command(&self) -> Result<Command> {
+        let mut command = self.netns.command(limosa_bin()?);
+        command.arg("--run-dir").arg(self.run_dir());
+        Ok(command)
+    }
+
+    /// Runs a command of `limosa` against this host's agent.
+    pub fn limosa(&self, args: &[&str]) -> Result<Output> {
+        finish(self.command()?, args)
+    }
+
+    /// Runs a command that must succeed, and gives its JSON.
+    pub fn ask(&self, args: &[&str]) -> Result<Value> {
+        let mut words = vec!["--json"];
+        words.extend(args);
+        self.limosa(&words)?.expect_code(0)?.json()
+    }
+
+    /// Starts a command and leaves it running.
+    pub fn start(&self, args: &[&str]) -> Result<Running> {
+        let number = self.commands.get();
+        self.commands.set(number + 1);
+        let (stdout, stderr) = (self.file(&format!("cmd{number}.out")), self.file(&format!("cmd{number}.err")));
+        let mut command = self.command()?;
+        command.args(args).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
+        let process = Process::start("a limosa command", &mut command)?;
+        Ok(Running { process, stdout, stderr, words: args.join(" ") })
+    }
+
+    /// This host's id.
+    pub fn id(&self) -> Result<String> {
+        let answer = self.ask(&["host", "id"])?;
+        let id = answer.get("id").and_then(Value::as_str).with_context(|| format!("host id: {answer}"))?;
+        Ok(id.to_owned())
+    }
+
+    /// Makes another host trusted here, under its name.
+    pub fn trust(&self, other: &Host) -> Result<()> {
+        self.trust_id(&other.name, &other.id()?, &other.address().to_string())
+    }
+
+    /// Makes an id trusted here.
+    pub fn trust_id(&self, name: &str, id: &str, address: &str) -> Result<()> {
+        self.limosa(&["host", "trust", name, id, address])?.expect_code(0)?;
+        Ok(())
+    }
+
+    /// Starts a guest and waits until it says that it is ready.
+    pub fn start_guest(&self, spec: &GuestSpec) -> Result<()> {
+        let kernel = crate::guest_images()?.elf;
+        let path = self.file(&format!("{}.toml", spec.name));
+        std::fs::write(&path, spec.text(&kernel))?;
+        let path = path.to_string_lossy().into_owned();
+        self.limosa(&["vm", "start", &path])?.expect_code(0)?;
+        let ready = wait_for(PATIENCE, "the guest's ready line", || {
+            Ok(self.serial(&spec.name).contains("limosa-guest ready").then_some(()))
+        });
+        ready.with_context(|| format!("serial of {}: {}", spec.name, self.serial(&spec.name)))
+    }
+
+    /// What a guest's VMM printed on this host: the guest's serial line among it.
+    pub fn serial(&self, guest: &str) -> String {
+        read_text(&self.state_dir().join("vm").join(format!("{guest}.log")))
+    }
+
+    /// The heartbeats of a guest that this host has seen.
+    pub fn beats(&self, guest: &str) -> Vec<Beat> {
+        let text = self.serial(guest);
+        let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
+        whole.lines().filter_map(|line| beat_of(line.trim_end())).collect()
+    }
+
+    /// Fails unless the guest lives on this host now: new heartbeats, growing counters, whole walks, no error.
+    pub fn guest_lives(&self, guest: &str) -> Result<Beat> {
+        let before = self.beats(guest).last().cloned().unwrap_or_default();
+        let after = wait_for(PATIENCE, "three new heartbeats", || {
+            let last = self.beats(guest).last().cloned().unwrap_or_default();
+            Ok((last.n >= before.n + 3).then_some(last))
+        });
+        let after = after.with_context(|| format!("{guest} on {}; agent: {}", self.name, tail(&self.agent_log(), 15)))?;
+        ensure!(after.errors == 0, "the guest found {} bad pages: {}", after.errors, tail(&self.serial(guest), 20));
+        ensure!(after.backwards == 0, "a clock went backwards {} times", after.backwards);
+        ensure!(after.written >= before.written && after.sum >= before.sum, "counters fell: {before:?} {after:?}");
+        Ok(after)
+    }
+
+    /// Waits until the guest has walked over its whole working set `walks` times more and found nothing.
+    pub fn guest_verified(&self, guest: &str, walks: u64) -> Result<Beat> {
+        let first = self.guest_lives(guest)?;
+        wait_for(PATIENCE, "a whole walk over the working set", || {
+            let last = self.beats(guest).last().cloned().unwrap_or_default();
+            ensure!(last.errors == 0, "bad pages: {}", tail(&self.serial(guest), 20));
+            Ok((last.verified >= first.verified + walks).then_some(last))
+        })
+    }
+
+    /// The VMMs of this host: pids of `limosa vmm`, only the ones with the word when one is given.
+    pub fn vmms(&self, word: Option<&str>) -> Vec<u32> {
+        let is_vmm = |pid: &u32| {
+            let words = process::words(*pid);
+            words.get(1).is_some_and(|w| w == "vmm") && word.is_none_or(|word| words.iter().any(|w| w == word))
+        };
+        self.netns.processes().into_iter().filter(is_vmm).collect()
+    }
+
+    /// The guests that the agent knows, by name.
+    pub fn guests(&self) -> Result<Vec<String>> {
+        let answer = self.ask(&["vm", "list"])?;
+        let list = answer.as_array().or_else(|| answer.get("vms").and_then(Value::as_array));
+        let list = list.with_context(|| format!("vm list: {answer}"))?;
+        Ok(list.iter().filter_map(|vm| vm.get("name").and_then(Value::as_str)).map(str::to_owned).collect())
+    }
+
+    /// The jobs that the agent knows.
+    pub fn jobs(&self) -> Result<Vec<Value>> {
+        let answer = self.ask(&["jobs"])?;
+        let list = answer.as_array().or_else(|| answer.get("jobs").and_then(Value::as_array));
+        Ok(list.with_context(|| format!("jobs: {answer}"))?.clone())
+    }
+
+    /// Migrates and waits for the end, whatever it is.
+    pub fn migrate(&self, guest: &str, to: &Host, more: &[&str]) -> Result<Output> {
+        let mut args = vec!["--json", "migrate", guest, "--to", to.name.as_str()];
+        args.extend(more);
+        let start = Instant::now();
+        let output = self.start(&args)?.wait(Duration::from_secs(90))?;
+        ensure!(start.elapsed() < Duration::from_secs(90), "the migration took {:?}", start.elapsed());
+        Ok(output)
+    }
+
+    /// Migrates, must succeed, and gives the report.
+    pub fn migrate_well(&self, guest: &str, to: &Host, more: &[&str]) -> Result<Value> {
+        let output = self.migrate(guest, to, more)?;
+        let logs = || format!("{}:\n{}\n{}:\n{}", self.name, tail(&self.agent_log(), 30), to.name, tail(&to.agent_log(), 30));
+        let report = output.expect_code(0).with_context(logs)?.json()?;
+        let report = report.get("report").cloned().unwrap_or(report);
+        ensure!(report.get("ok") == Some(&Value::Bool(true)), "not ok: {report}");
+        Ok(report)
+    }
+
+    /// Starts a migration that is slow enough to be disturbed and waits until its pages move.
+    pub fn start_slow(&self, guest: &str, to: &Host, more: &[&str]) -> Result<Running> {
+        let mut args = vec!["--json", "migrate", guest, "--to", to.name.as_str(), "--bandwidth", "8MB/s"];
+        args.extend(more);
+        let mut running = self.start(&args)?;
+        wait_for(PATIENCE, "pre-copy", || {
+            if running.ended()? {
+                bail!("the migration ended already: {:?}", running.printed());
+            }
+            let sent = |job: &Value| job.pointer("/progress/bytes_on_wire").and_then(Value::as_u64);
+            let moving = self.jobs()?.iter().any(|job| job["state"] == "running" && sent(job) > Some(0));
+            Ok(moving.then_some(()))
+        })?;
+        // Into the middle of the round, away from its start.
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(running)
+    }
+
+    /// Runs `ip` words inside.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        self.netns.ip(words)
+    }
+
+    /// Whether a program such as `bridge` is there.
+    pub fn has(program: &str) -> bool {
+        run("which", &[program]).is_ok()
+    }
+}

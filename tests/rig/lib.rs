@@ -1,0 +1,48 @@
+//! What the tests and benchmarks of Limosa stand on: labs of network namespaces with hosts, agents and guests, probes,
+//! captures, processes. It starts binaries and looks at them from outside; it links none of Limosa but the protocol's types.
+#![forbid(unsafe_code)]
+
+pub mod capture;
+pub mod command;
+pub mod guest;
+pub mod host;
+pub mod lab;
+pub mod net;
+pub mod netns;
+pub mod process;
+pub mod qemu;
+pub mod skip;
+pub mod spec;
+
+pub use anyhow::{Context, Result, bail, ensure};
+pub use host::{AgentConfig, Host};
+pub use lab::{Lab, with_bare_lab, with_lab};
+pub use skip::skip;
+pub use spec::GuestSpec;
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// The guest's images, built once per test process into the target folder.
+pub fn guest_images() -> Result<GuestImages> {
+    static IMAGES: OnceLock<GuestImages> = OnceLock::new();
+    if let Some(images) = IMAGES.get() {
+        return Ok(images.clone());
+    }
+    let dir = process::target_dir()?.join("rig-guest");
+    std::fs::create_dir_all(&dir)?;
+    let _lock = process::lock("rig-guest")?;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/guest/build.sh");
+    netns::run("sh", &[script, &dir.to_string_lossy()]).context("building the guest")?;
+    let images = GuestImages { elf: dir.join("limosa-guest.elf"), bzimage: dir.join("limosa-guest.bzimage") };
+    Ok(IMAGES.get_or_init(|| images).clone())
+}
+
+/// Where the guest's images lie.
+#[derive(Debug, Clone)]
+pub struct GuestImages {
+    /// PVH ELF.
+    pub elf: PathBuf,
+    /// The same program as a bzImage.
+    pub bzimage: PathBuf,
+}

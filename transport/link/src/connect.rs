@@ -1,0 +1,277 @@
+//! The TCP link's source side: reaching a destination, in words when it does not work.
+//! What arrives at the other end is `accept.rs`; the lanes' bytes are `tcp.rs`.
+
+use crate::control::{ControlError, Early, Plain};
+use crate::key::HostKey;
+use crate::lanes::LaneSender;
+use crate::sessions::{LANE_ANSWER_BYTES, parse_lane_answer};
+use crate::tcp::{PlainSender, SecureSender, set_up, set_up_lane};
+use crate::tls::{self, ALERT_ACCESS_DENIED, TlsError, TrustedHosts};
+use crate::{Answer, Capabilities, Control, Link};
+use limosa_proto::identity::HostId;
+use limosa_proto::wire::code::Code;
+use limosa_proto::wire::frame::LanePreamble;
+use limosa_proto::wire::limits::LANES_MAX;
+use socket2::{SockRef, Socket};
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// A step of reaching a destination that takes longer than this has failed.
+const STEP_MAX: Duration = Duration::from_secs(5);
+
+/// Why a destination could not be reached, or let us not in. Nothing was changed anywhere.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The name has no address.
+    #[error("destination {destination} has no address: {error}")]
+    Resolve {
+        /// Whom we asked for.
+        destination: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Nobody answers there.
+    #[error("destination {destination} cannot be reached: {error}; is `limosa agent` running there?")]
+    Unreachable {
+        /// Whom we asked for.
+        destination: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// It closed the connection before it said a word: our address is not on its allow-list.
+    #[error("destination {destination} does not allow {address} (our address); it must be on its allow-list")]
+    NotAllowed {
+        /// Whom we asked for.
+        destination: String,
+        /// Our address.
+        address: String,
+    },
+    /// It does not trust our key.
+    #[error("destination {destination} does not trust our key {id}: `limosa host trust {id}` there")]
+    KeyRefused {
+        /// Whom we asked for.
+        destination: String,
+        /// Our key.
+        id: HostId,
+    },
+    /// It is busy with too many others.
+    #[error("destination {destination} has too many unfinished connections; try again")]
+    Crowded {
+        /// Whom we asked for.
+        destination: String,
+    },
+    /// The handshake failed.
+    #[error("destination {destination}: {error}")]
+    Tls {
+        /// Whom we asked for.
+        destination: String,
+        /// Why.
+        error: TlsError,
+    },
+    /// It let a lane not in.
+    #[error("destination {destination} refused lane {lane}: {code}")]
+    LaneRefused {
+        /// Whom we asked for.
+        destination: String,
+        /// Which lane.
+        lane: u16,
+        /// What it said.
+        code: Code,
+    },
+    /// The connection failed on the way.
+    #[error("destination {destination}: the connection failed while {doing}: {error}")]
+    Io {
+        /// Whom we asked for.
+        destination: String,
+        /// What was being done.
+        doing: &'static str,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// It took too long.
+    #[error("destination {destination} did not answer within {} s while {doing}", .after.as_secs())]
+    Timeout {
+        /// Whom we asked for.
+        destination: String,
+        /// What was being done.
+        doing: &'static str,
+        /// The deadline.
+        after: Duration,
+    },
+}
+
+impl ConnectError {
+    /// The code that the report gets.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            ConnectError::NotAllowed { .. } => Code::NotAllowed,
+            ConnectError::KeyRefused { .. } => Code::UnknownHost,
+            ConnectError::Tls { error, .. } => match error {
+                TlsError::DestinationUntrusted(_) | TlsError::DestinationOther { .. } | TlsError::NoHostKey => Code::UnknownHost,
+                _ => Code::LinkLost,
+            },
+            ConnectError::LaneRefused { code, .. } => *code,
+            ConnectError::Crowded { .. } => Code::Busy,
+            ConnectError::Timeout { .. } => Code::Timeout,
+            ConnectError::Resolve { .. } | ConnectError::Unreachable { .. } | ConnectError::Io { .. } => Code::LinkLost,
+        }
+    }
+}
+
+/// TCP to one destination.
+#[derive(Debug)]
+pub struct TcpLink {
+    destination: String,
+    expected: HostId,
+    key: HostKey,
+    trusted: TrustedHosts,
+    silence_max: Duration,
+    /// The address that answered: lanes go where the control channel went.
+    answered: Mutex<Option<SocketAddr>>,
+}
+
+impl TcpLink {
+    /// A link to `destination` ("host:port"), which must have the key `expected`; we show `key`. A peer that acknowledges
+    /// nothing for `silence_max` is lost.
+    #[must_use]
+    pub fn new(destination: String, expected: HostId, key: HostKey, trusted: TrustedHosts, silence_max: Duration) -> TcpLink {
+        TcpLink { destination, expected, key, trusted, silence_max, answered: Mutex::new(None) }
+    }
+
+    fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> ConnectError + '_ {
+        move |error| ConnectError::Io { destination: self.destination.clone(), doing, error }
+    }
+
+    async fn within<T>(&self, doing: &'static str, work: impl Future<Output = Result<T, ConnectError>>) -> Result<T, ConnectError> {
+        tokio::time::timeout(STEP_MAX, work)
+            .await
+            .unwrap_or_else(|_| Err(ConnectError::Timeout { destination: self.destination.clone(), doing, after: STEP_MAX }))
+    }
+
+    async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
+        let destination = || self.destination.clone();
+        let known = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        let addresses: Vec<SocketAddr> = match known {
+            Some(address) => vec![address],
+            None => tokio::net::lookup_host(&self.destination)
+                .await
+                .map_err(|error| ConnectError::Resolve { destination: destination(), error })?
+                .collect(),
+        };
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for address in addresses {
+            match self.stream_to(address, lane).await {
+                Ok(stream) => {
+                    *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
+                    return Ok(stream);
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(ConnectError::Unreachable { destination: destination(), error: last })
+    }
+
+    async fn stream_to(&self, address: SocketAddr, lane: bool) -> io::Result<TcpStream> {
+        let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
+        set_up(&SockRef::from(&socket), self.silence_max)?;
+        if lane {
+            set_up_lane(&socket);
+        }
+        match tokio::time::timeout(STEP_MAX, socket.connect(address)).await {
+            Ok(stream) => stream,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+
+    async fn handshake(&self, stream: &mut TcpStream) -> Result<tls::Secured, ConnectError> {
+        let address = stream.local_addr().map(|address| address.ip().to_string()).unwrap_or_default();
+        let destination = || self.destination.clone();
+        let work = async {
+            tls::connect(stream, &self.key, &self.trusted, self.expected).await.map_err(|error| match error {
+                TlsError::Silent => ConnectError::NotAllowed { destination: destination(), address },
+                TlsError::Alert(ALERT_ACCESS_DENIED) => ConnectError::KeyRefused { destination: destination(), id: self.key.id() },
+                TlsError::Alert(crate::accept::ALERT_CROWDED) => ConnectError::Crowded { destination: destination() },
+                error => ConnectError::Tls { destination: destination(), error },
+            })
+        };
+        self.within("the TLS handshake", work).await
+    }
+
+    async fn open_control(&self) -> Result<Control, ConnectError> {
+        let mut stream = self.stream(false).await?;
+        let secured = self.handshake(&mut stream).await?;
+        let early = Early { opened: Vec::new(), sealed: secured.early };
+        let (read, write) = stream.into_split();
+        Ok(Control::new(secured.peer, read, write, Some((secured.sealer, secured.opener)), early))
+    }
+
+    async fn open_lane(&self, preamble: LanePreamble, plaintext: bool) -> Result<Box<dyn LaneSender>, ConnectError> {
+        let mut stream = self.stream(true).await?;
+        let secured = if plaintext { None } else { Some(self.handshake(&mut stream).await?) };
+        let doing = "opening a lane";
+        let (sealer, answer) = self.within(doing, self.ask_in(&mut stream, preamble, secured)).await?;
+        if let Some(code) = parse_lane_answer(&answer) {
+            return Err(ConnectError::LaneRefused { destination: self.destination.clone(), lane: preamble.lane, code });
+        }
+        let stream = stream.into_std().map_err(self.io(doing))?;
+        stream.set_nonblocking(false).map_err(self.io(doing))?;
+        let socket = Socket::from(stream);
+        Ok(match sealer {
+            Some(sealer) => Box::new(SecureSender::new(socket, sealer)),
+            None => Box::new(PlainSender::new(socket)),
+        })
+    }
+
+    /// Shows the preamble and reads the answer.
+    async fn ask_in(
+        &self,
+        stream: &mut TcpStream,
+        preamble: LanePreamble,
+        secured: Option<tls::Secured>,
+    ) -> Result<(Option<crate::secure::Sealer>, [u8; LANE_ANSWER_BYTES]), ConnectError> {
+        let doing = "opening a lane";
+        let bytes = preamble.emit();
+        let mut answer = [0; LANE_ANSWER_BYTES];
+        let Some(tls::Secured { mut sealer, opener, early, .. }) = secured else {
+            stream.write_all(&bytes).await.map_err(self.io(doing))?;
+            stream.read_exact(&mut answer).await.map_err(self.io(doing))?;
+            return Ok((None, answer));
+        };
+        let mut sealed = Vec::new();
+        sealer.seal(&mut sealed, bytes.len(), |plain| plain.copy_from_slice(&bytes)).map_err(|error| self.io(doing)(error.into()))?;
+        stream.write_all(&sealed).await.map_err(self.io(doing))?;
+        let mut plain = Plain { read: stream, opener: Some(opener), sealed: early, opened: Vec::new() };
+        plain.fill(LANE_ANSWER_BYTES).await.map_err(|error| match error {
+            ControlError::KeyRefused => ConnectError::KeyRefused { destination: self.destination.clone(), id: self.key.id() },
+            other => self.io(doing)(io::Error::other(other)),
+        })?;
+        for (to, from) in answer.iter_mut().zip(&plain.opened) {
+            *to = *from;
+        }
+        Ok((Some(sealer), answer))
+    }
+}
+
+impl Link for TcpLink {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { name: "tcp", secure_lanes: true, plaintext_lanes: true, lanes_max: LANES_MAX }
+    }
+
+    fn destination(&self) -> String {
+        self.destination.clone()
+    }
+
+    fn control(&self) -> Answer<'_, Result<Control, ConnectError>> {
+        Box::pin(self.open_control())
+    }
+
+    fn lane(&self, preamble: LanePreamble, plaintext: bool) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>> {
+        Box::pin(self.open_lane(preamble, plaintext))
+    }
+}

@@ -1,0 +1,373 @@
+//! The destination's driver, the mirror of `source.rs`: one incoming migration from its Hello to its end.
+//! The control channel may be replaced on the way, by a source in doubt that connects anew.
+
+use crate::control::ControlError;
+use crate::driver::{counted, now, until};
+use crate::host::{DestinationHost, Incoming, IncomingProgress, Peer};
+use crate::hosted::{Called, Hosted};
+use crate::lanes::{LaneCounters, LaneEvent, LaneReceiver, RoundCounts};
+use crate::pages::Populate;
+use crate::receiving::ReceiveLanes;
+use crate::sending::Tag;
+use crate::sessions::{Arrival, Place};
+use crate::source::{LANE_GRACE, TICK, receive};
+use crate::{Control, HostError};
+use crate::stub::Destination;
+use limosa_proto::error::Coded as _;
+use limosa_proto::event::{DestinationAction, DestinationEvent, DestinationOutcome, HostTask};
+use limosa_proto::memory::PAGE_BYTES;
+use limosa_proto::state::DestinationState;
+use limosa_proto::wire::code::Code;
+use limosa_proto::wire::frame::ControlHeader;
+use limosa_proto::wire::message::{Hello, Message, Refusal, VmDescription};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant as Moment;
+
+/// What the driver waits for beside messages, lanes and arrivals.
+enum Inner {
+    Event(DestinationEvent),
+    Prepared(ReceiveLanes, u32),
+}
+
+struct Driver {
+    engine: Destination,
+    place: Place,
+    tag: Tag,
+    host: Hosted<Box<dyn DestinationHost>>,
+    vm: Option<Box<VmDescription>>,
+    populate: Populate,
+    control: Option<Control>,
+    lanes: Option<ReceiveLanes>,
+    /// How many lanes must join, once that is agreed.
+    wanted: usize,
+    ending: Vec<JoinHandle<()>>,
+    counters: Arc<LaneCounters>,
+    /// Bytes on the lanes when they were last looked at.
+    seen: u64,
+    rounds: u32,
+    cpu_ns: Arc<AtomicU64>,
+    inner: mpsc::UnboundedSender<Inner>,
+    lane_events: mpsc::UnboundedSender<LaneEvent>,
+    held: Option<(Moment, String)>,
+    progress: Option<watch::Sender<IncomingProgress>>,
+}
+
+/// Carries one incoming migration to its end.
+pub(crate) async fn run(
+    place: Place,
+    peer: Peer,
+    control: Control,
+    mut arrivals: mpsc::UnboundedReceiver<Arrival>,
+    incoming: Incoming,
+    hello: Box<Hello>,
+) {
+    let Incoming { host, config, populate, cancel, progress, done } = incoming;
+    let tag = Tag { migration: place.migration, generation: place.generation };
+    let cpu_ns = Arc::new(AtomicU64::new(0));
+    let host = match Hosted::start("destination-host", host, cpu_ns.clone()) {
+        Ok(host) => host,
+        Err(error) => {
+            let refusal = Refusal::one(Code::NoRoom, format!("no thread for the host: {error}"));
+            let _ = control.send(tag.migration, tag.generation, &Message::Refuse(refusal.clone()));
+            if let Some(done) = done {
+                let _ = done.send(DestinationOutcome::Refused(refusal));
+            }
+            return;
+        }
+    };
+    let (inner, mut inners) = mpsc::unbounded_channel();
+    let (lane_events, mut lanes) = mpsc::unbounded_channel();
+    let mut driver = Driver {
+        engine: Destination::new(now(), config),
+        place,
+        tag,
+        host,
+        vm: None,
+        populate,
+        control: Some(control),
+        lanes: None,
+        wanted: 0,
+        ending: Vec::new(),
+        counters: Arc::default(),
+        seen: 0,
+        rounds: 0,
+        cpu_ns: cpu_ns.clone(),
+        inner,
+        lane_events,
+        held: None,
+        progress,
+    };
+    tracing::info!(migration = %tag.migration, peer = %peer.id, vm = %hello.vm.name, "a migration comes in");
+    driver.feed(DestinationEvent::Message(Message::Hello(hello)));
+    let mut cancelled = false;
+    let outcome = loop {
+        if let Some(outcome) = counted(&cpu_ns, || driver.apply_all()) {
+            break outcome;
+        }
+        driver.show();
+        let timer = driver.engine.timeout();
+        let held = driver.held.as_ref().map(|(at, _)| *at);
+        let receiving = driver.lanes.is_some();
+        tokio::select! {
+            biased;
+            Some(inner) = inners.recv() => counted(&cpu_ns, || driver.inner(inner)),
+            Some(event) = lanes.recv() => driver.lane(event),
+            received = receive(&mut driver.control) => counted(&cpu_ns, || driver.message(received)),
+            Some(arrival) = arrivals.recv() => driver.arrival(arrival),
+            words = cancel.cancelled(), if !cancelled => {
+                cancelled = true;
+                driver.feed(DestinationEvent::Cancel(words));
+            }
+            () = tokio::time::sleep_until(held.unwrap_or_else(Moment::now)), if held.is_some() => {
+                if let Some((_, words)) = driver.held.take() {
+                    driver.feed(DestinationEvent::LinkLost(words));
+                }
+            }
+            () = tokio::time::sleep(timer.map_or(Duration::ZERO, until)), if timer.is_some() => driver.feed(DestinationEvent::Timer),
+            () = tokio::time::sleep(TICK), if receiving => driver.tick(),
+        }
+    };
+    tracing::info!(migration = %tag.migration, ?outcome, "an incoming migration ended");
+    driver.show();
+    driver.close();
+    for ending in driver.ending.drain(..) {
+        let _ = ending.await;
+    }
+    drop(driver);
+    if let Some(done) = done {
+        let _ = done.send(outcome);
+    }
+}
+
+impl Driver {
+    fn feed(&mut self, event: DestinationEvent) {
+        self.engine.handle(now(), event);
+    }
+
+    fn show(&self) {
+        let Some(progress) = &self.progress else { return };
+        let (state, rounds, counters) = (self.engine.state(), self.rounds, &self.counters);
+        progress.send_replace(IncomingProgress {
+            state,
+            rounds,
+            pages: counters.pages.load(Ordering::Relaxed),
+            zero_pages: counters.zero_pages.load(Ordering::Relaxed),
+            bytes_on_wire: counters.bytes_on_wire.load(Ordering::Relaxed),
+        });
+    }
+
+    fn inner(&mut self, inner: Inner) {
+        match inner {
+            Inner::Event(event) => self.feed(event),
+            Inner::Prepared(lanes, populated_ms) => {
+                // An engine that has given up meanwhile has sent its Discard behind this.
+                self.lanes = Some(lanes);
+                self.feed(DestinationEvent::Prepared { populated_ms });
+            }
+        }
+    }
+
+    fn lane(&mut self, event: LaneEvent) {
+        match event {
+            LaneEvent::Round(RoundCounts { round, pages, zero_pages, .. }) => {
+                self.rounds = round;
+                self.feed(DestinationEvent::RoundArrived { round, pages, zero_pages, bytes: pages.saturating_mul(PAGE_BYTES) });
+            }
+            // With everything loaded, only the control channel counts.
+            LaneEvent::Failed { words, .. } if self.engine.state() < DestinationState::Loading && self.held.is_none() => {
+                self.held = Some((Moment::now() + LANE_GRACE, words));
+            }
+            LaneEvent::Failed { lane, words } => tracing::debug!(lane, words, "a lane ended"),
+        }
+    }
+
+    fn arrival(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Lane(number, lane) => self.join(number, lane),
+            Arrival::Doubt(control, message) => {
+                self.control = Some(control);
+                self.feed(DestinationEvent::Message(message));
+            }
+        }
+    }
+
+    fn join(&mut self, number: u16, lane: Box<dyn LaneReceiver>) {
+        let joined = match &mut self.lanes {
+            None => return,
+            Some(lanes) => lanes.join(number, lane).map(|()| lanes.joined()),
+        };
+        match joined {
+            Ok(joined) if joined == self.wanted => self.feed(DestinationEvent::LanesJoined),
+            Ok(_) => {}
+            Err(error) => self.feed(DestinationEvent::HostFailed { task: HostTask::Lanes, words: error.to_string() }),
+        }
+    }
+
+    fn message(&mut self, received: Result<(ControlHeader, Message), ControlError>) {
+        let wrong = match received {
+            Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
+                Ok(()) => return self.feed(DestinationEvent::Message(message)),
+                Err(error) => (error.code(), error.to_string()),
+            },
+            Err(ControlError::Wire(error)) => (error.code(), error.to_string()),
+            Err(error) => {
+                self.control = None;
+                return self.feed(DestinationEvent::LinkLost(error.to_string()));
+            }
+        };
+        let (code, words) = wrong;
+        self.send(&Message::Abort { code, words: words.clone() });
+        self.control = None;
+        self.feed(DestinationEvent::LinkLost(words));
+    }
+
+    fn tick(&mut self) {
+        let bytes = self.counters.bytes_on_wire.load(Ordering::Relaxed);
+        if bytes != self.seen {
+            self.seen = bytes;
+            self.feed(DestinationEvent::Arriving);
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        let Some(control) = &self.control else { return };
+        if let Err(error) = control.send(self.tag.migration, self.tag.generation, message) {
+            let _ = self.inner.send(Inner::Event(DestinationEvent::LinkLost(error.to_string())));
+        }
+    }
+
+    fn apply_all(&mut self) -> Option<DestinationOutcome> {
+        while let Some(action) = self.engine.poll() {
+            if let DestinationAction::Done(outcome) = action {
+                return Some(outcome);
+            }
+            self.apply(action);
+        }
+        None
+    }
+
+    fn apply(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Check(vm) => self.check(vm),
+            DestinationAction::Send(message) => self.send(&message),
+            DestinationAction::Prepare => self.prepare(),
+            DestinationAction::AcceptLanes { lanes, plaintext, token } => {
+                self.wanted = usize::from(lanes);
+                if let Some(receiving) = &self.lanes {
+                    receiving.expect(self.wanted);
+                }
+                self.place.open_gate(token, lanes, plaintext);
+            }
+            DestinationAction::Load(records) => {
+                // No lane may write once the guest's state is in place: it may run at any moment.
+                let mut lanes = self.lanes.take();
+                self.ask(
+                    HostTask::Load,
+                    move |host| {
+                        if let Some(lanes) = &mut lanes {
+                            lanes.end();
+                        }
+                        host.load(records)
+                    },
+                    |()| DestinationEvent::Loaded,
+                );
+            }
+            DestinationAction::Journal(record) => {
+                let kind = record.kind;
+                self.ask(HostTask::Journal(kind), move |host| host.journal(&record), move |()| DestinationEvent::Journaled(kind));
+            }
+            DestinationAction::Resume => self.ask(HostTask::Resume, |host| host.resume(), |()| DestinationEvent::Resumed),
+            DestinationAction::Announce => self.announce(),
+            DestinationAction::Discard => {
+                // First the lanes, then the memory under them.
+                let lanes = self.lanes.take();
+                let inner = self.inner.clone();
+                self.host.call(
+                    HostTask::Discard,
+                    move |host| {
+                        drop(lanes);
+                        host.discard()
+                    },
+                    move |called| {
+                        if let Err((task, words)) = called {
+                            let _ = inner.send(Inner::Event(DestinationEvent::HostFailed { task, words }));
+                        }
+                    },
+                );
+            }
+            DestinationAction::CloseLink => self.close(),
+            // Taken out by `apply_all`.
+            DestinationAction::Done(_) => {}
+        }
+    }
+
+    fn ask<T: 'static>(
+        &self,
+        task: HostTask,
+        call: impl FnOnce(&mut Box<dyn DestinationHost>) -> Result<T, HostError> + Send + 'static,
+        event: impl FnOnce(T) -> DestinationEvent + Send + 'static,
+    ) {
+        let inner = self.inner.clone();
+        self.host.call(task, call, move |called: Called<T>| {
+            let event = called.map_or_else(|(task, words)| DestinationEvent::HostFailed { task, words }, event);
+            let _ = inner.send(Inner::Event(event));
+        });
+    }
+
+    fn check(&mut self, vm: Box<VmDescription>) {
+        self.vm = Some(vm.clone());
+        self.ask(
+            HostTask::Check,
+            move |host| Ok(host.check(&vm)),
+            |fits| fits.map_or_else(DestinationEvent::Refuse, |()| DestinationEvent::Admitted),
+        );
+    }
+
+    fn prepare(&mut self) {
+        let (Some(vm), populate, tag) = (self.vm.clone(), self.populate, self.tag) else { return };
+        let (counters, events, inner) = (self.counters.clone(), self.lane_events.clone(), self.inner.clone());
+        self.host.call(
+            HostTask::Prepare,
+            move |host| {
+                let begun = std::time::Instant::now();
+                let pages = host.prepare(&vm)?;
+                if *pages.memory_map() != vm.memory {
+                    return Err(HostError::new("the VMM made memory of another shape than the guest's"));
+                }
+                let lanes = ReceiveLanes::new(pages, tag, populate, counters, events)
+                    .map_err(|error| HostError::new(format!("guest memory could not be populated: {error}")))?;
+                Ok((lanes, u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX)))
+            },
+            move |called| {
+                let _ = inner.send(match called {
+                    Ok((lanes, populated_ms)) => Inner::Prepared(lanes, populated_ms),
+                    Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
+                });
+            },
+        );
+    }
+
+    fn announce(&self) {
+        let (cpu_ns, counters) = (self.cpu_ns.clone(), self.counters.clone());
+        self.ask(
+            HostTask::Announce,
+            |host| Ok((host.announce()?, host.cpu_seconds())),
+            move |(announcements, host_seconds)| {
+                let ours = cpu_ns.load(Ordering::Relaxed) + counters.cpu_ns.load(Ordering::Relaxed);
+                let cpu_us = ours / 1000 + Duration::try_from_secs_f64(host_seconds).map_or(0, |host| u64::try_from(host.as_micros()).unwrap_or(0));
+                DestinationEvent::Announced { announcements, cpu_us }
+            },
+        );
+    }
+
+    fn close(&mut self) {
+        (self.control, self.held) = (None, None);
+        if let Some(lanes) = self.lanes.take() {
+            self.ending.push(tokio::task::spawn_blocking(move || drop(lanes)));
+        }
+    }
+}

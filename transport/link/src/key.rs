@@ -1,0 +1,127 @@
+//! The host's own key: an Ed25519 pair, its file, its public half. Nothing here speaks to anybody.
+
+use crate::tls::TlsError;
+use limosa_proto::identity::HostId;
+use ring::signature::{Ed25519KeyPair, KeyPair};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+/// DER of an Ed25519 SubjectPublicKeyInfo up to the 32 bytes of the key (RFC 8410).
+pub(crate) const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+/// Largest key file that is read. An Ed25519 PKCS#8 document is 83 bytes.
+const KEY_FILE_BYTES_MAX: u64 = 4096;
+
+/// A host's secret Ed25519 key. Its debug output and its errors never show it.
+#[derive(Clone)]
+pub struct HostKey {
+    pkcs8: Arc<[u8]>,
+    id: HostId,
+}
+
+/// Why there is no host key.
+#[derive(Debug, thiserror::Error)]
+pub enum HostKeyError {
+    /// The system gave no randomness.
+    #[error("no host key could be made: the system gives no random numbers")]
+    Random,
+    /// The bytes are no Ed25519 key.
+    #[error("{from} is no Ed25519 key in PKCS#8; move it away and a new one is made")]
+    Format {
+        /// Which file or input.
+        from: String,
+    },
+    /// Others can read the file.
+    #[error("{path} can be read by others (mode {mode:o}); a host key needs mode 600: `chmod 600 {path}`")]
+    Mode {
+        /// Which file.
+        path: String,
+        /// Its mode.
+        mode: u32,
+    },
+    /// The file cannot be read or written.
+    #[error("cannot {doing} host key {path}: {error}")]
+    Io {
+        /// "read" or "write".
+        doing: &'static str,
+        /// Which file.
+        path: String,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+impl std::fmt::Debug for HostKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostKey({})", self.id)
+    }
+}
+
+impl HostKey {
+    /// Makes a new key.
+    ///
+    /// # Errors
+    /// [`HostKeyError::Random`].
+    pub fn generate() -> Result<HostKey, HostKeyError> {
+        let random = ring::rand::SystemRandom::new();
+        let document = Ed25519KeyPair::generate_pkcs8(&random).map_err(|_| HostKeyError::Random)?;
+        HostKey::parse(document.as_ref(), "the new key")
+    }
+
+    /// Takes a PKCS#8 document as [`HostKey::save`] writes it.
+    ///
+    /// # Errors
+    /// [`HostKeyError::Format`].
+    pub fn from_pkcs8(bytes: &[u8]) -> Result<HostKey, HostKeyError> {
+        HostKey::parse(bytes, "the key given")
+    }
+
+    /// Reads `path`, which must be readable by its owner only.
+    ///
+    /// # Errors
+    /// Unreadable, readable by others, or not a key.
+    pub fn load(path: &Path) -> Result<HostKey, HostKeyError> {
+        let shown = path.display().to_string();
+        let io = |error| HostKeyError::Io { doing: "read", path: shown.clone(), error };
+        let file = std::fs::File::open(path).map_err(io)?;
+        let mode = file.metadata().map_err(io)?.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(HostKeyError::Mode { path: shown, mode });
+        }
+        let mut bytes = Vec::new();
+        file.take(KEY_FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
+        HostKey::parse(&bytes, &shown)
+    }
+
+    /// Writes a new file `path` with mode 0600, durably; an existing file is not overwritten.
+    ///
+    /// # Errors
+    /// [`HostKeyError::Io`].
+    pub fn save(&self, path: &Path) -> Result<(), HostKeyError> {
+        let io = |error| HostKeyError::Io { doing: "write", path: path.display().to_string(), error };
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
+        file.write_all(&self.pkcs8).and_then(|()| file.sync_all()).map_err(io)
+    }
+
+    /// The public half.
+    #[must_use]
+    pub fn id(&self) -> HostId {
+        self.id
+    }
+
+    fn parse(bytes: &[u8], from: &str) -> Result<HostKey, HostKeyError> {
+        let format = || HostKeyError::Format { from: from.to_owned() };
+        let pair = Ed25519KeyPair::from_pkcs8(bytes).map_err(|_| format())?;
+        let id = HostId(pair.public_key().as_ref().try_into().map_err(|_| format())?);
+        Ok(HostKey { pkcs8: bytes.into(), id })
+    }
+
+    pub(crate) fn certified(&self) -> Result<Arc<rustls::sign::CertifiedKey>, TlsError> {
+        let der = PrivatePkcs8KeyDer::from(self.pkcs8.to_vec());
+        let key = rustls::crypto::ring::sign::any_eddsa_type(&der)?;
+        let public = CertificateDer::from([&SPKI_PREFIX[..], &self.id.0].concat());
+        Ok(Arc::new(rustls::sign::CertifiedKey::new(vec![public], key)))
+    }
+}

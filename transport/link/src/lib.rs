@@ -1,0 +1,88 @@
+//! Links: how two hosts reach each other, and the driver that moves a guest over one.
+//!
+//! A [`Link`] gives one control channel (messages, [`control`]) and lanes (pages, [`lanes`]). What they carry and when is
+//! decided by `limosa-proto`; the driver ([`run_source`], [`Listener`]) waits, asks and carries out. A new kind of link is a
+//! file that implements [`Link`] and hands what arrives at the other end to [`sessions::Sessions`].
+//!
+//! It knows no VMM and no KVM: guest memory comes in as [`Pages`], everything else as [`SourceHost`] and [`DestinationHost`].
+#![forbid(unsafe_code)]
+
+pub mod accept;
+pub mod connect;
+pub mod control;
+mod destination;
+pub mod driver;
+pub mod host;
+mod hosted;
+pub mod key;
+pub mod lanes;
+pub mod pages;
+pub mod pair;
+mod receiving;
+pub mod secure;
+mod sending;
+pub mod sessions;
+mod source;
+mod stub;
+mod tcp;
+pub mod tls;
+
+pub use accept::{Listener, ListenerSettings};
+pub use connect::{ConnectError, TcpLink};
+pub use control::Control;
+pub use driver::{Cancel, SourceOptions, ask_verdict, run_source, run_source_over};
+pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, SourceHost};
+pub use key::{HostKey, HostKeyError};
+pub use lanes::{LaneCloser, LaneCounters, LaneReceiver, LaneSender};
+pub use pages::{Pages, Populate};
+pub use tls::TrustedHosts;
+
+use limosa_proto::wire::frame::LanePreamble;
+use std::future::Future;
+use std::pin::Pin;
+
+/// A future of a [`Link`].
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What a kind of link can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Its name in reports: "tcp", "pair".
+    pub name: &'static str,
+    /// Whether lanes can be encrypted.
+    pub secure_lanes: bool,
+    /// Whether lanes can go without encryption.
+    pub plaintext_lanes: bool,
+    /// Most lanes.
+    pub lanes_max: u16,
+}
+
+/// One way to reach one destination: the source's side.
+pub trait Link: Send + Sync + 'static {
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// The destination in words, for errors.
+    fn destination(&self) -> String;
+
+    /// Opens a control channel; both ends know who the other is when it is there.
+    fn control(&self) -> Answer<'_, Result<Control, ConnectError>>;
+
+    /// Opens one lane and waits until the destination has let it in.
+    fn lane(&self, preamble: LanePreamble, plaintext: bool) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>>;
+}
+
+/// How lanes send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneSettings {
+    /// Page bytes in one frame at most; 4 KiB to 4 MiB.
+    pub frame_bytes: u64,
+    /// Cap over all lanes in bytes per second; 0 is none.
+    pub bandwidth_bytes_per_s: u64,
+}
+
+impl Default for LaneSettings {
+    fn default() -> LaneSettings {
+        LaneSettings { frame_bytes: 1 << 20, bandwidth_bytes_per_s: 0 }
+    }
+}

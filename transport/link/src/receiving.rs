@@ -1,0 +1,251 @@
+//! The destination's lane threads: they read frames, put pages where they belong, and meet at each round's barrier.
+//! Everything in a header is checked against the map and the round before it sizes or touches anything.
+
+use crate::lanes::{CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words};
+use crate::pages::{Arrived, Pages, Populate, populate_all};
+use crate::sending::Tag;
+use limosa_proto::memory::PageRange;
+use limosa_proto::wire::frame::{LANE_HEADER_BYTES, LaneFrameKind, LaneHeader, RUN_BYTES, parse_runs};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Where the lanes wait for each other.
+struct Barrier {
+    /// How many lanes there are; nobody passes before that is known.
+    lanes: usize,
+    /// The round that is being received.
+    round: u32,
+    waiting: usize,
+    counts: (u64, u64, u64),
+}
+
+struct Shared {
+    pages: Arc<dyn Pages>,
+    tag: Tag,
+    barrier: Mutex<Barrier>,
+    passed: Condvar,
+    stop: AtomicBool,
+    /// Pages that were written or said to be zero: population leaves them alone.
+    known: Arrived,
+    /// Pages that may hold something, so that zero has to be written.
+    written: Arrived,
+    counters: Arc<LaneCounters>,
+    events: LaneEvents,
+}
+
+/// The guest's memory at the destination while it fills: shared by lanes and population.
+pub(crate) struct ReceiveLanes {
+    shared: Arc<Shared>,
+    closers: Vec<LaneCloser>,
+    threads: Vec<JoinHandle<()>>,
+    populating: Option<JoinHandle<()>>,
+}
+
+impl ReceiveLanes {
+    /// For lanes into `pages`, whose memory must be fresh (all zero). Begins to populate it if told so; in
+    /// mode `before` this call returns when that is done.
+    pub(crate) fn new(
+        pages: Arc<dyn Pages>,
+        tag: Tag,
+        populate: Populate,
+        counters: Arc<LaneCounters>,
+        events: LaneEvents,
+    ) -> io::Result<ReceiveLanes> {
+        let (known, written) = (Arrived::new(pages.memory_map()), Arrived::new(pages.memory_map()));
+        let barrier = Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, counts: (0, 0, 0) });
+        let (passed, stop) = (Condvar::new(), AtomicBool::new(false));
+        let shared = Arc::new(Shared { pages, tag, barrier, passed, stop, known, written, counters, events });
+        let mut this = ReceiveLanes { shared: shared.clone(), closers: Vec::new(), threads: Vec::new(), populating: None };
+        match populate {
+            Populate::No => {}
+            Populate::Before => {
+                let _meter = CpuMeter::new(&shared.counters.cpu_ns);
+                populate_all(&shared.pages, &shared.known, &shared.stop)?;
+            }
+            Populate::Beside => {
+                let populating = std::thread::Builder::new().name("populate".into()).spawn(move || {
+                let _meter = CpuMeter::new(&shared.counters.cpu_ns);
+                // Without it the lanes pay for the first touch themselves: slower, not wrong.
+                if let Err(error) = populate_all(&shared.pages, &shared.known, &shared.stop) {
+                    tracing::warn!(%error, "guest memory could not be populated ahead of its pages");
+                }
+                })?;
+                this.populating = Some(populating);
+            }
+        }
+        Ok(this)
+    }
+
+    /// Starts the thread of one lane.
+    pub(crate) fn join(&mut self, number: u16, lane: Box<dyn LaneReceiver>) -> io::Result<()> {
+        self.closers.push(lane.closer()?);
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name(format!("lane-in-{number}")).spawn(move || {
+            let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0 };
+            if let Err(error) = lane.work() {
+                if !shared.stop.load(Ordering::Relaxed) {
+                    let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "receiving pages", &error) });
+                }
+            }
+        })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Says how many lanes there will be.
+    pub(crate) fn expect(&self, lanes: usize) {
+        self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner).lanes = lanes;
+    }
+
+    /// How many lanes have joined.
+    pub(crate) fn joined(&self) -> usize {
+        self.closers.len()
+    }
+
+    /// Ends every lane and waits for their threads: no lane writes guest memory afterwards. Population, which changes no
+    /// contents, is only told to stop.
+    pub(crate) fn end(&mut self) {
+        {
+            let _barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.stop.store(true, Ordering::Relaxed);
+        }
+        self.shared.passed.notify_all();
+        self.closers.iter().for_each(LaneCloser::close);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for ReceiveLanes {
+    fn drop(&mut self) {
+        self.end();
+        if let Some(populating) = self.populating.take() {
+            let _ = populating.join();
+        }
+    }
+}
+
+fn violation(words: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, words.into())
+}
+
+struct Lane<'a> {
+    lane: Box<dyn LaneReceiver>,
+    shared: &'a Shared,
+    round: u32,
+    runs: Vec<u8>,
+    /// Pages and zero pages of this round.
+    counts: (u64, u64),
+    /// Bytes on the wire that were reported.
+    bytes: u64,
+}
+
+impl Lane<'_> {
+    fn work(&mut self) -> io::Result<()> {
+        let mut meter = CpuMeter::new(&self.shared.counters.cpu_ns);
+        let mut head = [0; LANE_HEADER_BYTES];
+        loop {
+            self.lane.head(&mut head)?;
+            let header = LaneHeader::parse(&head).map_err(|error| violation(error.to_string()))?;
+            self.check(&header)?;
+            match header.kind {
+                LaneFrameKind::Pages => self.pages(&header)?,
+                LaneFrameKind::Zero => self.zero(&header)?,
+                LaneFrameKind::Barrier => {
+                    self.count_bytes();
+                    meter.count();
+                    if !self.meet() {
+                        return Ok(());
+                    }
+                }
+                LaneFrameKind::End => {
+                    self.count_bytes();
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn check(&self, header: &LaneHeader) -> io::Result<()> {
+        let Tag { migration, generation } = self.shared.tag;
+        if header.migration != migration || header.generation != generation {
+            return Err(violation("a frame of another migration"));
+        }
+        // After the last barrier the End frame still names the round that it ended.
+        let ends = header.kind == LaneFrameKind::End;
+        if header.round != self.round && !ends {
+            return Err(violation(format!("a frame of round {} in round {}", header.round, self.round)));
+        }
+        Ok(())
+    }
+
+    fn read_runs(&mut self, header: &LaneHeader) -> io::Result<Vec<PageRange>> {
+        let mut bytes = std::mem::take(&mut self.runs);
+        bytes.resize(usize::from(header.runs) * RUN_BYTES, 0);
+        self.lane.head(&mut bytes)?;
+        let runs = parse_runs(&bytes, self.shared.pages.memory_map(), header).map_err(|error| violation(error.to_string()));
+        self.runs = bytes;
+        Ok(runs?.into_iter().collect())
+    }
+
+    fn pages(&mut self, header: &LaneHeader) -> io::Result<()> {
+        let runs = self.read_runs(header)?;
+        let shared = self.shared;
+        for run in &runs {
+            // Before the bytes, so that a page half written when the lane dies counts as written.
+            shared.written.insert(*run);
+            shared.known.insert(*run);
+        }
+        self.lane.pages(&*shared.pages, &runs)?;
+        let count = runs.iter().map(|run| run.count).sum::<u64>();
+        self.counts.0 += count;
+        shared.counters.pages.fetch_add(count, Ordering::Relaxed);
+        self.count_bytes();
+        Ok(())
+    }
+
+    fn zero(&mut self, header: &LaneHeader) -> io::Result<()> {
+        let shared = self.shared;
+        for run in self.read_runs(header)? {
+            shared.known.insert(run);
+            shared.written.within(run, |dirty| shared.pages.zero(dirty));
+            self.counts.1 += run.count;
+            shared.counters.zero_pages.fetch_add(run.count, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn count_bytes(&mut self) {
+        let bytes = self.lane.bytes_on_wire();
+        self.shared.counters.bytes_on_wire.fetch_add(bytes - self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+    }
+
+    /// Waits until every lane has all of this round; false if the migration ended meanwhile.
+    fn meet(&mut self) -> bool {
+        let shared = self.shared;
+        let mut barrier = shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+        barrier.counts.0 += self.counts.0;
+        barrier.counts.1 += self.counts.1;
+        self.counts = (0, 0);
+        barrier.waiting += 1;
+        if barrier.waiting == barrier.lanes {
+            let bytes = shared.counters.bytes_on_wire.load(Ordering::Relaxed);
+            let counts = RoundCounts { round: barrier.round, pages: barrier.counts.0, zero_pages: barrier.counts.1, bytes_on_wire: bytes - barrier.counts.2 };
+            *barrier = Barrier { lanes: barrier.lanes, round: barrier.round.saturating_add(1), waiting: 0, counts: (0, 0, bytes) };
+            let _ = shared.events.send(LaneEvent::Round(counts));
+            shared.passed.notify_all();
+        }
+        while barrier.round == self.round {
+            if shared.stop.load(Ordering::Relaxed) {
+                return false;
+            }
+            barrier = shared.passed.wait(barrier).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.round = barrier.round;
+        !shared.stop.load(Ordering::Relaxed)
+    }
+}

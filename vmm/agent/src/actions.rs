@@ -1,0 +1,162 @@
+//! What the agent does with each request of a command. Thin: guests are in `vms`, moves in `outgoing`, and so on.
+
+use crate::agent::Agent;
+use crate::api::{Answer, ApiError, Direction, HostInfo, JobInfo, JobState, Request, Response, VerdictInfo};
+use crate::serve::Replies;
+use crate::{announcing, outgoing};
+use limosa_announce::Announcer;
+use limosa_proto::commit;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a watcher hears of a job at most.
+const WATCH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Carries out `request`.
+pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies) -> Result<Answer, ApiError> {
+    match request {
+        Request::VmStart { config } => blocking(agent, move |agent| agent.vms.start(agent, &config).map(Answer::Vm)).await,
+        Request::VmList => blocking(agent, |agent| Ok(Answer::Vms(agent.vms.list()))).await,
+        Request::VmShow { vm } => blocking(agent, move |agent| agent.vms.show(&vm).map(Answer::Vm)).await,
+        Request::VmStop { vm } => {
+            blocking(agent, move |agent| {
+                agent.vms.stop(&vm)?;
+                Ok(Answer::Done(format!("{vm} is stopped")))
+            })
+            .await
+        }
+        Request::HostId => Ok(Answer::Host(own(agent))),
+        Request::HostTrust(info) => trust(agent, &info),
+        Request::HostList => {
+            let info = |host: crate::hosts::Host| HostInfo { name: host.name, id: host.id.to_string(), address: host.address };
+            Ok(Answer::Hosts(agent.hosts.all().into_iter().map(info).collect()))
+        }
+        Request::HostRemove { name } => {
+            agent.hosts.remove(&name).map_err(|e| ApiError::refused("host", e.to_string()))?;
+            Ok(Answer::Done(format!("{name} is not trusted any more")))
+        }
+        Request::Migrate(request) => {
+            if request.plan_only {
+                return blocking(agent, move |agent| outgoing::plan(agent, &request).map(|plan| Answer::Plan(plan.0))).await;
+            }
+            let id = outgoing::begin(agent, request).await?;
+            follow(agent, id, replies).await
+        }
+        Request::Jobs { watch: false } => Ok(Answer::Jobs(agent.jobs.all())),
+        Request::Jobs { watch: true } => watch_all(agent, replies).await,
+        Request::Job { id, watch: false } => job(agent, id).map(|job| Answer::Job(Box::new(job))),
+        Request::Job { id, watch: true } => follow(agent, id, replies).await,
+        Request::Cancel { id } => {
+            agent.jobs.cancel(id, "cancelled by command").map_err(|words| ApiError::refused("cancel", words))?;
+            Ok(Answer::Done(format!("job {id} is asked to stop; `limosa job {id} --watch` shows how it ends")))
+        }
+        Request::Verdict { id } => verdict(agent, id).map(Answer::Verdict),
+        Request::Announce { vm } => blocking(agent, move |agent| announce(agent, &vm)).await,
+    }
+}
+
+/// Runs what may block away from the threads that answer others.
+async fn blocking(
+    agent: &Arc<Agent>,
+    work: impl FnOnce(&Arc<Agent>) -> Result<Answer, ApiError> + Send + 'static,
+) -> Result<Answer, ApiError> {
+    let agent = Arc::clone(agent);
+    let done = tokio::task::spawn_blocking(move || work(&agent)).await;
+    done.unwrap_or_else(|error| Err(ApiError::refused("internal", format!("the agent failed inside: {error}"))))
+}
+
+fn own(agent: &Agent) -> HostInfo {
+    let listen: Vec<String> = agent.config.listen.iter().map(ToString::to_string).collect();
+    HostInfo { name: agent.config.name.clone(), id: agent.key.id().to_string(), address: listen.join(", ") }
+}
+
+fn trust(agent: &Agent, info: &HostInfo) -> Result<Answer, ApiError> {
+    if info.id.parse().is_ok_and(|id: limosa_proto::identity::HostId| id == agent.key.id()) {
+        return Err(ApiError::refused("host", "that is this host's own id; run `limosa host id` on the other host"));
+    }
+    let host = agent.hosts.trust(info).map_err(|e| ApiError::refused("host", e.to_string()))?;
+    Ok(Answer::Done(format!("{} at {} is trusted", host.name, host.address)))
+}
+
+fn job(agent: &Agent, id: u64) -> Result<JobInfo, ApiError> {
+    agent.jobs.get(id).ok_or_else(|| ApiError::refused("no-job", format!("there is no job {id}; `limosa jobs` lists them")))
+}
+
+/// Sends a job's progress until it has ended or is in doubt; its last state is the answer.
+async fn follow(agent: &Arc<Agent>, id: u64, replies: &Replies) -> Result<Answer, ApiError> {
+    let mut changed = agent.jobs.watch();
+    loop {
+        changed.mark_unchanged();
+        let info = job(agent, id)?;
+        if info.state != JobState::Running {
+            return Ok(Answer::Job(Box::new(info)));
+        }
+        if !replies.send(Response::Progress(Box::new(info))).await {
+            return Err(ApiError::refused("gone", "the command went away"));
+        }
+        tokio::select! {
+            _ = changed.changed() => {}
+            () = replies.gone() => {}
+        }
+        // The end must be told at once; anything before it at most ten times a second.
+        if job(agent, id)?.state == JobState::Running {
+            let ended = async {
+                while job(agent, id).is_ok_and(|info| info.state == JobState::Running) && changed.changed().await.is_ok() {}
+            };
+            let _ = tokio::time::timeout(WATCH_INTERVAL, ended).await;
+        }
+    }
+}
+
+/// Sends every running job's progress until none is at work.
+async fn watch_all(agent: &Arc<Agent>, replies: &Replies) -> Result<Answer, ApiError> {
+    loop {
+        let jobs = agent.jobs.all();
+        let running: Vec<&JobInfo> = jobs.iter().filter(|job| !job.state.ended()).collect();
+        if running.is_empty() {
+            return Ok(Answer::Jobs(jobs));
+        }
+        for job in running {
+            if !replies.send(Response::Progress(Box::new(job.clone()))).await {
+                return Err(ApiError::refused("gone", "the command went away"));
+            }
+        }
+        tokio::time::sleep(WATCH_INTERVAL * 2).await;
+    }
+}
+
+fn verdict(agent: &Agent, id: u64) -> Result<VerdictInfo, ApiError> {
+    let info = job(agent, id)?;
+    let (migration, generation) = (info.migration.parse(), limosa_proto::identity::Generation(info.generation));
+    let migration = migration.map_err(|e| ApiError::refused("no-journal", format!("job {id}: {e}")))?;
+    let records = agent.journal().of(migration, generation);
+    let words = match info.direction {
+        Direction::Outgoing => match commit::source_verdict(&records, migration, generation) {
+            commit::SourceVerdict::NoRecord => "nothing was promised: the guest is this host's",
+            commit::SourceVerdict::GuestIsOurs => "the guest is this host's",
+            commit::SourceVerdict::AskDestination => {
+                "the guest was released and the destination has not answered since: this host asks it again and again and does \
+                 not run the guest meanwhile"
+            }
+            commit::SourceVerdict::Gone => "the guest runs at the destination",
+        },
+        Direction::Incoming => match commit::destination_verdict(&records, migration, generation) {
+            commit::DestinationVerdict::NoRecord => "this host never promised to run the guest: it is the source's",
+            commit::DestinationVerdict::Undecided => "the guest is ready here and waits for the source's word",
+            commit::DestinationVerdict::Running => "the guest is this host's",
+            commit::DestinationVerdict::Discarded => "this host gave the guest up for good: it is the source's",
+        },
+    };
+    let journal = records.iter().map(|record| format!("{:?} {}", record.kind, record.words).trim().to_string()).collect();
+    Ok(VerdictInfo { job: id, state: info.state, journal, words: words.into() })
+}
+
+fn announce(agent: &Agent, vm: &str) -> Result<Answer, ApiError> {
+    let description = agent.vms.announceable(vm)?;
+    let nics = announcing::nics(&agent.config, &description);
+    if nics.is_empty() {
+        return Err(ApiError::refused("no-nic", format!("{vm} has no NIC on a network of this host")));
+    }
+    let announcer = Announcer::open().map_err(|e| ApiError::refused("announce", e.to_string()))?;
+    Ok(Answer::Announced(nics.iter().flat_map(|nic| announcing::words(&announcer.announce(nic, 0))).collect()))
+}

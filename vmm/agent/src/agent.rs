@@ -1,0 +1,77 @@
+//! What all parts of the agent share: configuration, key, trusted hosts, journal, jobs, guests.
+//! It starts nothing; `run` does.
+
+use crate::api::ApiError;
+use crate::config::Config;
+use crate::hosts::{Hosts, own_key};
+use crate::jobs::Jobs;
+use crate::journal::{Journal, JournalError};
+use crate::vms::Vms;
+use limosa_link::HostKey;
+use limosa_proto::commit::JournalRecord;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The agent's parts.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    pub(crate) config: Config,
+    pub(crate) key: HostKey,
+    pub(crate) hosts: Hosts,
+    journal: Mutex<Journal>,
+    pub(crate) jobs: Jobs,
+    pub(crate) vms: Vms,
+    stopping: AtomicBool,
+}
+
+impl Agent {
+    /// Opens everything in the state directory. Gives what should be said about it too.
+    ///
+    /// # Errors
+    /// What cannot be opened, in words.
+    pub(crate) fn open(config: Config) -> Result<(Agent, Vec<String>), ApiError> {
+        let refused = |words: String| ApiError::refused("state", words);
+        let directory = |path: &Path, mode: u32| {
+            std::fs::create_dir_all(path)
+                .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
+                .map_err(|e| refused(format!("{}: {e}", path.display())))
+        };
+        directory(&config.state_dir, 0o700)?;
+        directory(&config.state_dir.join("vm"), 0o700)?;
+        directory(&config.run_dir, 0o755)?;
+        let (journal, warnings) = Journal::open(&config.state_dir).map_err(|e| refused(e.to_string()))?;
+        let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
+        let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
+        let jobs = config.state_dir.join("jobs");
+        let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
+        let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
+        Ok((Agent { config, key, hosts, journal, jobs, vms, stopping }, warnings))
+    }
+
+    /// The journal, for reading.
+    pub(crate) fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a record durably.
+    pub(crate) fn write(&self, record: &JournalRecord) -> Result<(), JournalError> {
+        let written = self.journal().append(record);
+        match &written {
+            Ok(()) => tracing::info!(kind = ?record.kind, migration = %record.migration, generation = record.generation.0, vm = %record.vm, "journal"),
+            Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
+        }
+        written
+    }
+
+    /// Whether the agent is about to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// From now on nothing new is begun.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+}

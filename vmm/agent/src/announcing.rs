@@ -1,0 +1,93 @@
+//! Telling the network where a guest is: which frames for which NIC on which bridge, and when.
+//! The frames and sockets are `limosa_announce`'s. It runs after a commit, never before.
+
+use crate::config::Config;
+use crate::vm_config::tap_name;
+use limosa_announce::{Announcer, Nic, Schedule, Sent};
+use limosa_proto::wire::message::VmDescription;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+/// The NICs of `vm` as they are on this host.
+#[must_use]
+pub fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
+    let mut nics = Vec::new();
+    for (index, nic) in vm.nics.iter().enumerate() {
+        let Some(network) = config.network(&nic.network) else { continue };
+        let tap = tap_name(vm.id, index);
+        // Another VMM than ours may call its TAP otherwise; then the bridge learns from the guest itself.
+        let port = Path::new("/sys/class/net").join(&tap).exists().then_some(tap);
+        nics.push(Nic {
+            mac: nic.mac,
+            vlan: nic.vlan.or(network.vlan),
+            addresses: nic.addresses.clone(),
+            interface: network.bridge.clone(),
+            port,
+            ..Nic::default()
+        });
+    }
+    nics
+}
+
+/// What was sent, one line per frame, for reports.
+#[must_use]
+pub fn words(sent: &Sent) -> Vec<String> {
+    let mut words = Vec::new();
+    let after = sent.after.as_millis();
+    for frame in &sent.frames {
+        words.push(format!("round {} at {after} ms on {}: {frame}", sent.round, sent.interface));
+    }
+    words.extend(sent.errors.iter().map(|error| format!("round {} on {}: FAILED: {error}", sent.round, sent.interface)));
+    words
+}
+
+/// A schedule of announcements at work on a thread of its own.
+#[derive(Debug)]
+pub struct Announcing {
+    lines: mpsc::Receiver<Vec<String>>,
+    nics: usize,
+}
+
+/// Begins to announce; `on_line` gets every line as it leaves, `cancel` ends it early.
+///
+/// # Errors
+/// The announcer cannot be opened, or the thread not be started: in words.
+pub fn begin(
+    nics: Vec<Nic>,
+    gaps: &[Duration],
+    cancel: Arc<AtomicBool>,
+    mut on_lines: impl FnMut(&[String]) + Send + 'static,
+) -> Result<Announcing, String> {
+    let schedule = Schedule::new(gaps.to_vec()).map_err(|e| e.to_string())?;
+    let announcer = Announcer::open().map_err(|e| e.to_string())?;
+    let (sender, lines) = mpsc::channel();
+    let count = nics.len();
+    let run = move || {
+        let on_sent = |sent: Sent| {
+            let words = words(&sent);
+            on_lines(&words);
+            // Nobody waits any more: the first round is over.
+            let _ = sender.send(words);
+        };
+        announcer.run(&nics, &schedule, || cancel.load(Ordering::Acquire), on_sent);
+    };
+    std::thread::Builder::new().name("announcer".into()).spawn(run).map_err(|e| format!("no thread for announcements: {e}"))?;
+    Ok(Announcing { lines, nics: count })
+}
+
+impl Announcing {
+    /// Waits for the first round of every NIC.
+    #[must_use]
+    pub fn first_round(self) -> Vec<String> {
+        let mut all = Vec::new();
+        for _ in 0..self.nics {
+            match self.lines.recv_timeout(Duration::from_secs(2)) {
+                Ok(words) => all.extend(words),
+                Err(_) => break,
+            }
+        }
+        all
+    }
+}

@@ -1,0 +1,447 @@
+//! What commands and the agent say to each other: one request a connection, a stream of lines of JSON back.
+//! The types are shared by both ends; the serving end is in `serve`, what is done in `actions`.
+
+use limosa_proto::report::Report;
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longest request line in bytes.
+pub const REQUEST_BYTES_MAX: u64 = 64 << 10;
+/// Longest line of an answer in bytes.
+const ANSWER_BYTES_MAX: u64 = 4 << 20;
+
+/// Exit codes of commands: an interface.
+pub mod exit {
+    /// Done.
+    pub const DONE: u8 = 0;
+    /// Refused, nothing changed.
+    pub const REFUSED: u8 = 1;
+    /// Wrong usage or configuration.
+    pub const USAGE: u8 = 2;
+    /// Aborted; the guest runs on at the source.
+    pub const ABORTED: u8 = 3;
+    /// In doubt.
+    pub const IN_DOUBT: u8 = 4;
+}
+
+/// What a command asks of the agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Start the guest of a configuration file (absolute path).
+    VmStart {
+        /// The file.
+        config: PathBuf,
+    },
+    /// All guests.
+    VmList,
+    /// One guest.
+    VmShow {
+        /// Its name.
+        vm: String,
+    },
+    /// Stop a guest.
+    VmStop {
+        /// Its name.
+        vm: String,
+    },
+    /// Who this host is.
+    HostId,
+    /// Trust a host.
+    HostTrust(HostInfo),
+    /// The trusted hosts.
+    HostList,
+    /// Trust a host no more.
+    HostRemove {
+        /// Its name.
+        name: String,
+    },
+    /// Move a guest; answers with progress until it ends.
+    Migrate(MigrateRequest),
+    /// All jobs; with `watch` again and again until none runs.
+    Jobs {
+        /// Whether to go on until no job runs.
+        watch: bool,
+    },
+    /// One job; with `watch` progress until it ends.
+    Job {
+        /// Its number.
+        id: u64,
+        /// Whether to go on until it ends.
+        watch: bool,
+    },
+    /// Stop a job.
+    Cancel {
+        /// Its number.
+        id: u64,
+    },
+    /// What is known about whom a guest belongs to.
+    Verdict {
+        /// The job's number.
+        id: u64,
+    },
+    /// Tell the network where a guest is, once more.
+    Announce {
+        /// The guest's name.
+        vm: String,
+    },
+}
+
+/// A migration as the command asked for it; what is absent is taken from the agent's configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MigrateRequest {
+    /// The guest's name.
+    pub vm: String,
+    /// The destination's name.
+    pub to: String,
+    /// 1 to 16.
+    pub lanes: Option<u16>,
+    /// Whether guest memory may cross the network in plain text.
+    pub plaintext: Option<bool>,
+    /// Pause that pre-copy aims at.
+    pub downtime_target_ms: Option<u64>,
+    /// Longest pause.
+    pub downtime_ms_max: Option<u64>,
+    /// "longer-downtime" or "abort".
+    pub on_no_convergence: Option<String>,
+    /// Most bytes a second; 0: no limit.
+    pub bandwidth: Option<u64>,
+    /// Only say what would be done.
+    pub plan_only: bool,
+}
+
+/// A migration with everything resolved, as it is going to be done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The guest's name.
+    pub vm: String,
+    /// The guest's identity.
+    pub vm_id: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// The destination.
+    pub to: HostInfo,
+    /// "tcp".
+    pub link: String,
+    /// Whether guest memory is encrypted on the network.
+    pub encrypted: bool,
+    /// Number of lanes.
+    pub lanes: u16,
+    /// Pause that pre-copy aims at.
+    pub downtime_target_ms: u64,
+    /// Longest pause.
+    pub downtime_ms_max: u64,
+    /// "longer-downtime" or "abort".
+    pub on_no_convergence: String,
+    /// Most bytes a second; 0: no limit.
+    pub bandwidth: u64,
+}
+
+/// A guest, as the agent knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: String,
+    /// "running", "paused", "incoming", "migrating".
+    pub state: String,
+    /// Process id of its VMM.
+    pub pid: u32,
+    /// When it was plugged in, in milliseconds since 1970.
+    pub since_unix_ms: u64,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Its virtual CPUs.
+    pub vcpus: u32,
+    /// Its NICs in words: MAC, network, addresses.
+    pub nics: Vec<String>,
+}
+
+/// A host that is trusted, or this one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// Its name.
+    pub name: String,
+    /// Its identity: 52 letters and digits.
+    pub id: String,
+    /// Where its agent listens: `address:port` or `name:port`.
+    pub address: String,
+}
+
+/// Which way a guest went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// From this host.
+    Outgoing,
+    /// To this host.
+    Incoming,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// At work.
+    Running,
+    /// The guest runs at the destination.
+    Done,
+    /// Nothing was changed.
+    Refused,
+    /// The guest runs on at the source.
+    Aborted,
+    /// It is not known whose the guest is until the hosts can talk again.
+    InDoubt,
+}
+
+impl JobState {
+    /// The exit code of a command that waited for the job.
+    #[must_use]
+    pub fn exit(self) -> u8 {
+        match self {
+            JobState::Running | JobState::Done => exit::DONE,
+            JobState::Refused => exit::REFUSED,
+            JobState::Aborted => exit::ABORTED,
+            JobState::InDoubt => exit::IN_DOUBT,
+        }
+    }
+
+    /// Whether the job has come to its end.
+    #[must_use]
+    pub fn ended(self) -> bool {
+        matches!(self, JobState::Done | JobState::Refused | JobState::Aborted)
+    }
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JobProgress {
+    /// What it is doing, as the protocol names it.
+    pub phase: String,
+    /// Round of pre-copy, from 1.
+    pub round: u32,
+    /// Bytes that are still to be sent in this round.
+    pub bytes_remaining: u64,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// Bytes sent until now.
+    pub bytes_on_wire: u64,
+    /// Bytes a second.
+    pub rate_bytes_per_s: u64,
+    /// Bytes a second that the guest dirties.
+    pub dirty_bytes_per_s: u64,
+    /// Milliseconds until the end, if that can be told.
+    pub estimate_ms: Option<u64>,
+}
+
+/// A job.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Its number on this host.
+    pub id: u64,
+    /// Which way.
+    pub direction: Direction,
+    /// The guest's name.
+    pub vm: String,
+    /// The guest's identity.
+    pub vm_id: String,
+    /// The other host's name, or its identity.
+    pub peer: String,
+    /// The migration's identity.
+    pub migration: String,
+    /// Which attempt at moving this guest.
+    pub generation: u64,
+    /// How it stands.
+    pub state: JobState,
+    /// When it began, in milliseconds since 1970.
+    pub began_unix_ms: u64,
+    /// When it ended.
+    pub ended_unix_ms: Option<u64>,
+    /// How far it is, while it runs.
+    pub progress: Option<JobProgress>,
+    /// What it came to.
+    pub report: Option<Report>,
+    /// Why it ended so, in words.
+    pub words: String,
+    /// A word for machines when it did not succeed: "not-allowed", "no-room" and so on.
+    pub code: Option<String>,
+}
+
+/// What is known about a migration in doubt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerdictInfo {
+    /// The job.
+    pub job: u64,
+    /// How it stands.
+    pub state: JobState,
+    /// What this host's journal says, oldest first.
+    pub journal: Vec<String>,
+    /// What follows from it.
+    pub words: String,
+}
+
+/// The agent's answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// A guest.
+    Vm(VmInfo),
+    /// Guests.
+    Vms(Vec<VmInfo>),
+    /// A host.
+    Host(HostInfo),
+    /// Hosts.
+    Hosts(Vec<HostInfo>),
+    /// A job.
+    Job(Box<JobInfo>),
+    /// Jobs.
+    Jobs(Vec<JobInfo>),
+    /// A plan.
+    Plan(Plan),
+    /// What left on which interface.
+    Announced(Vec<String>),
+    /// What is known.
+    Verdict(VerdictInfo),
+    /// Something was done, in words.
+    Done(String),
+}
+
+/// A request that was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{words}")]
+pub struct ApiError {
+    /// A word for machines.
+    pub code: String,
+    /// What, where, and what to do.
+    pub words: String,
+    /// What the command should exit with.
+    pub exit: u8,
+}
+
+impl ApiError {
+    /// A refusal: nothing was changed.
+    pub fn refused(code: &str, words: impl Into<String>) -> ApiError {
+        ApiError { code: code.into(), words: words.into(), exit: exit::REFUSED }
+    }
+
+    /// A request that makes no sense.
+    pub fn usage(code: &str, words: impl Into<String>) -> ApiError {
+        ApiError { code: code.into(), words: words.into(), exit: exit::USAGE }
+    }
+}
+
+/// One line of the answer's stream; a result or an error is the last.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    /// How a job is doing.
+    Progress(Box<JobInfo>),
+    /// Something that should be known.
+    Warning(String),
+    /// The answer.
+    Result(Answer),
+    /// Why there is none.
+    Error(ApiError),
+}
+
+/// The command's end.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the agent at `socket` and sends `request`.
+    ///
+    /// # Errors
+    /// No agent there, or no permission: in words.
+    pub fn ask(socket: &Path, request: &Request) -> Result<Client, ApiError> {
+        let error = |e: std::io::Error| {
+            let hint = match e.kind() {
+                std::io::ErrorKind::PermissionDenied => "run it as root",
+                _ => "is `limosa agent` running? --run-dir names its directory",
+            };
+            ApiError::refused("no-agent", format!("the agent at {} cannot be reached: {e}; {hint}", socket.display()))
+        };
+        let mut stream = UnixStream::connect(socket).map_err(error)?;
+        let mut line = serde_json::to_vec(request).map_err(|e| error(e.into()))?;
+        line.push(b'\n');
+        stream.set_write_timeout(Some(Duration::from_secs(10))).map_err(error)?;
+        stream.write_all(&line).map_err(error)?;
+        Ok(Client { stream: BufReader::new(stream) })
+    }
+
+    /// The next line of the answer; none when the agent has closed the stream.
+    ///
+    /// # Errors
+    /// A broken connection, or something that is no answer.
+    pub fn next_response(&mut self) -> Result<Option<Response>, ApiError> {
+        let mut line = String::new();
+        let read = (&mut self.stream).take(ANSWER_BYTES_MAX).read_line(&mut line);
+        let count = read.map_err(|e| ApiError::refused("agent-lost", format!("the agent's answer broke off: {e}")))?;
+        if count == 0 {
+            return Ok(None);
+        }
+        let parsed = serde_json::from_str(&line);
+        parsed.map(Some).map_err(|e| ApiError::refused("agent-strange", format!("the agent's answer makes no sense: {e}")))
+    }
+
+    /// Waits for the end of the answer; `on_progress` gets the lines before it.
+    ///
+    /// # Errors
+    /// What the agent answered, or that the connection broke.
+    pub fn finish(mut self, mut on_progress: impl FnMut(&Response)) -> Result<Answer, ApiError> {
+        loop {
+            match self.next_response()? {
+                Some(Response::Result(answer)) => return Ok(answer),
+                Some(Response::Error(error)) => return Err(error),
+                Some(other) => on_progress(&other),
+                None => return Err(ApiError::refused("agent-lost", "the agent went away before it answered")),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_plain_json() {
+        let text = serde_json::to_string(&Request::Cancel { id: 3 }).unwrap();
+        assert_eq!(text, r#"{"cancel":{"id":3}}"#);
+        assert!(matches!(serde_json::from_str(r#""vm_list""#).unwrap(), Request::VmList));
+        let request: Request = serde_json::from_str(r#"{"migrate":{"vm":"web","to":"beta"}}"#).unwrap();
+        assert!(matches!(request, Request::Migrate(m) if m.vm == "web" && m.lanes.is_none()));
+        assert!(serde_json::from_str::<Request>(r#"{"format_disk":{}}"#).is_err());
+    }
+
+    #[test]
+    fn a_stream_ends_with_its_result() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("api.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let serving = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut line = String::new();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+            for response in [Response::Warning("slow".into()), Response::Result(Answer::Done("well".into()))] {
+                writeln!(stream, "{}", serde_json::to_string(&response).unwrap()).unwrap();
+            }
+            line
+        });
+        let mut seen = 0;
+        let answer = Client::ask(&socket, &Request::VmList).unwrap().finish(|_| seen += 1).unwrap();
+        assert!(matches!(answer, Answer::Done(words) if words == "well"));
+        assert_eq!((serving.join().unwrap().as_str(), seen), ("\"vm_list\"\n", 1));
+        let error = Client::ask(&dir.path().join("none"), &Request::VmList).unwrap_err();
+        assert!(error.words.contains("is `limosa agent` running?"), "{error}");
+    }
+}

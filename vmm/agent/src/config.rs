@@ -1,0 +1,386 @@
+//! The agent's configuration: what may be set, its defaults, and the reading of the file.
+//! How TOML is read and how problems are shown is in `checked`; the guest's own file is in `vm_config`.
+
+use crate::checked::{ConfigError, Problems, Section, read_text};
+use limosa_link::pages::Populate;
+use limosa_proto::allow::AllowList;
+use limosa_proto::precopy::NoConvergence;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where the configuration is when no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/limosa/agent.toml";
+/// The agent's port, for kilometres flown.
+pub const DEFAULT_PORT: u16 = 13_560;
+/// Where sockets are when no other directory is named.
+pub const DEFAULT_RUN_DIR: &str = "/run/limosa";
+/// Where keys, journal and jobs are when no other directory is named.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/limosa";
+
+/// A network that guests on this host may be on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// The name that VM configurations use; the same on every host.
+    pub name: String,
+    /// The bridge of this host that it is reached through.
+    pub bridge: String,
+    /// The VLAN that frames on the bridge are tagged with, if any.
+    pub vlan: Option<u16>,
+    /// Largest packet in bytes, without the Ethernet header.
+    pub mtu: u16,
+}
+
+/// How guests are moved, unless a command says otherwise.
+#[derive(Debug, Clone)]
+pub struct Migration {
+    /// The pause that pre-copy aims at.
+    pub downtime_target: Duration,
+    /// The longest pause that is accepted.
+    pub downtime_max: Duration,
+    /// What happens when the guest dirties memory faster than it can be sent.
+    pub on_no_convergence: NoConvergence,
+    /// Lanes of an outgoing migration; none: chosen from the machine.
+    pub lanes: Option<u16>,
+    /// Whether guest memory may cross the network in plain text.
+    pub plaintext_lanes: bool,
+    /// Most bytes a second of an outgoing migration; 0: no limit.
+    pub bandwidth: u64,
+    /// When an incoming guest's memory is populated.
+    pub populate: Populate,
+    /// Waits between the announcement rounds that follow the first.
+    pub announce_schedule: Vec<Duration>,
+    /// How often each side says that it is alive.
+    pub keepalive: Duration,
+    /// How long the other side may be silent.
+    pub silence_max: Duration,
+    /// How long a guest that is ready here waits for its source's word before it is discarded.
+    pub ready_max: Duration,
+    /// Most incoming migrations at once.
+    pub incoming_max: usize,
+    /// Most outgoing migrations at once.
+    pub outgoing_max: usize,
+}
+
+/// The whole configuration, validated.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This host's name, as shown to people.
+    pub name: String,
+    /// Where other hosts' agents reach this one.
+    pub listen: Vec<SocketAddr>,
+    /// Keys, journal, jobs, logs of guests.
+    pub state_dir: PathBuf,
+    /// Sockets.
+    pub run_dir: PathBuf,
+    /// Which addresses may connect.
+    pub allow: AllowList,
+    /// Networks by name.
+    pub networks: Vec<Network>,
+    /// How guests are moved.
+    pub migration: Migration,
+    /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
+    pub vmm_command: Vec<String>,
+    /// What is odd, but no error.
+    pub warnings: Vec<String>,
+}
+
+impl Default for Migration {
+    fn default() -> Migration {
+        let ms = Duration::from_millis;
+        Migration {
+            downtime_target: ms(50),
+            downtime_max: ms(2000),
+            on_no_convergence: NoConvergence::LongerDowntime,
+            lanes: None,
+            plaintext_lanes: false,
+            bandwidth: 0,
+            populate: Populate::Beside,
+            announce_schedule: [50, 150, 250, 350, 450].map(ms).to_vec(),
+            keepalive: ms(2000),
+            silence_max: ms(10_000),
+            ready_max: ms(30_000),
+            incoming_max: 2,
+            outgoing_max: 2,
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            name: host_name(),
+            listen: vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), DEFAULT_PORT)],
+            state_dir: DEFAULT_STATE_DIR.into(),
+            run_dir: DEFAULT_RUN_DIR.into(),
+            allow: AllowList::default(),
+            networks: Vec::new(),
+            migration: Migration::default(),
+            vmm_command: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and validates `file`. Without a file the default one is read, and if that is absent the defaults hold:
+    /// an agent that accepts nobody.
+    ///
+    /// # Errors
+    /// Every problem of the file, with its line.
+    pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
+        let default = Path::new(DEFAULT_FILE);
+        if file.is_none() && !default.exists() {
+            return Ok(Config::default());
+        }
+        let file = file.unwrap_or(default);
+        Config::parse(file, &read_text(file)?)
+    }
+
+    /// Validates the text of `file`.
+    ///
+    /// # Errors
+    /// Every problem of the text, with its line.
+    pub fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
+        let problems = Problems::new(file, text);
+        let table = problems.root();
+        let config = table.as_ref().map(|table| {
+            let mut root = Section::root(table, &problems);
+            let mut config = Config::default();
+            if let Some(section) = root.section("agent") {
+                config.read_agent(section);
+            }
+            if let Some(section) = root.section("allow") {
+                config.read_allow(section);
+            }
+            config.read_networks(root.sections("network"));
+            if let Some(section) = root.section("migration") {
+                config.migration.read(section);
+            }
+            if let Some(mut section) = root.section("vmm") {
+                config.vmm_command = section.strings("command").unwrap_or_default();
+                section.close();
+            }
+            root.close();
+            config
+        });
+        drop(table);
+        problems.finish(config)
+    }
+
+    /// The network called `name`.
+    #[must_use]
+    pub fn network(&self, name: &str) -> Option<&Network> {
+        self.networks.iter().find(|network| network.name == name)
+    }
+
+    /// Names of networks and their bridges, as the plug wants them.
+    #[must_use]
+    pub fn bridges(&self) -> Vec<(String, String)> {
+        self.networks.iter().map(|network| (network.name.clone(), network.bridge.clone())).collect()
+    }
+
+    /// The socket that commands talk to.
+    #[must_use]
+    pub fn api_socket(&self) -> PathBuf {
+        self.run_dir.join("api.sock")
+    }
+
+    /// The socket that VMMs plug into.
+    #[must_use]
+    pub fn plug_socket(&self) -> PathBuf {
+        self.run_dir.join("plug.sock")
+    }
+
+    fn read_agent(&mut self, mut section: Section<'_, '_>) {
+        if let Some(name) = section.string("name") {
+            if !plain_name(&name) {
+                section.problem("name", format_args!("is {name:?}"), NAME_WANTS);
+            }
+            self.name = name;
+        }
+        let wants = "addresses with a port, such as \"0.0.0.0:13560\" or \"[::]:13560\"";
+        if let Some(listen) = section.parsed_list("listen", wants) {
+            if listen.is_empty() {
+                section.problem("listen", "is empty", "at least one address with a port is needed");
+            }
+            self.listen = listen;
+        }
+        for (key, slot) in [("state_dir", &mut self.state_dir), ("run_dir", &mut self.run_dir)] {
+            let Some(path) = section.string(key).map(PathBuf::from) else { continue };
+            if !path.is_absolute() {
+                section.problem(key, format_args!("is {}", path.display()), "it should be an absolute path");
+            }
+            // sun_path holds 107 characters and "/plug.sock" is one of the names in it.
+            if key == "run_dir" && path.as_os_str().len() > 90 {
+                section.problem(key, "is too long for a socket's path", "it should have at most 90 characters");
+            }
+            *slot = path;
+        }
+        section.close();
+    }
+
+    fn read_allow(&mut self, mut section: Section<'_, '_>) {
+        let peers = section.strings("peers").unwrap_or_default();
+        let mut good = Vec::new();
+        for peer in &peers {
+            match AllowList::new(&[peer]) {
+                Ok((_, warnings)) => {
+                    self.warnings.extend(warnings);
+                    good.push(peer.clone());
+                }
+                Err(error) => section.problem("peers", format_args!("has {peer:?}: {error}"), "it should be an address range such as \"10.0.0.0/24\""),
+            }
+        }
+        if let Ok((allow, _)) = AllowList::new(&good) {
+            self.allow = allow;
+        }
+        section.close();
+    }
+
+    fn read_networks(&mut self, sections: Vec<Section<'_, '_>>) {
+        for mut section in sections {
+            let name = section.string("name");
+            let bridge = section.string("bridge");
+            let vlan = section.integer("vlan", 1..=4094).and_then(|vlan| u16::try_from(vlan).ok());
+            let mtu = section.integer("mtu", 576..=65_535).and_then(|mtu| u16::try_from(mtu).ok()).unwrap_or(1500);
+            if name.is_none() {
+                section.problem("name", "is missing", "each [[network]] needs a name");
+            }
+            if bridge.is_none() {
+                section.problem("bridge", "is missing", "each [[network]] needs the name of a bridge on this host");
+            }
+            if let Some(bridge) = bridge.as_ref().filter(|bridge| !interface_name(bridge)) {
+                section.problem("bridge", format_args!("is {bridge:?}"), "it should be an interface name of 1 to 15 characters");
+            }
+            if let Some(name) = name.as_ref().filter(|name| !plain_name(name)) {
+                section.problem("name", format_args!("is {name:?}"), NAME_WANTS);
+            }
+            if let Some(twice) = name.as_ref().filter(|name| self.network(name).is_some()) {
+                section.problem("name", format_args!("is {twice:?} for the second time"), "each network should have a name of its own");
+            }
+            section.close();
+            if let (Some(name), Some(bridge)) = (name, bridge) {
+                self.networks.push(Network { name, bridge, vlan, mtu });
+            }
+        }
+    }
+}
+
+impl Migration {
+    fn read(&mut self, mut section: Section<'_, '_>) {
+        let ms = Duration::from_millis;
+        let durations: [(&'static str, std::ops::RangeInclusive<u64>, &mut Duration); 5] = [
+            ("downtime_target_ms", 1..=60_000, &mut self.downtime_target),
+            ("downtime_max_ms", 1..=600_000, &mut self.downtime_max),
+            ("keepalive_ms", 50..=60_000, &mut self.keepalive),
+            ("silence_max_ms", 200..=600_000, &mut self.silence_max),
+            ("ready_ms_max", 100..=3_600_000, &mut self.ready_max),
+        ];
+        for (key, range, slot) in durations {
+            *slot = section.integer(key, range).map_or(*slot, ms);
+        }
+        if self.downtime_target > self.downtime_max {
+            section.problem("downtime_max_ms", "is less than downtime_target_ms", "it should be at least as long");
+        }
+        if self.silence_max < self.keepalive * 2 {
+            section.problem("silence_max_ms", "is less than twice keepalive_ms", "a peer should be able to miss one keepalive");
+        }
+        if let Some(index) = section.one_of("on_no_convergence", &["longer-downtime", "abort"]) {
+            self.on_no_convergence = if index == 0 { NoConvergence::LongerDowntime } else { NoConvergence::Abort };
+        }
+        if let Some(index) = section.one_of("populate", &["before", "beside", "no"]) {
+            let all = [Populate::Before, Populate::Beside, Populate::No];
+            self.populate = all.get(index).copied().unwrap_or(self.populate);
+        }
+        self.lanes = section.integer("lanes", 1..=16).and_then(|lanes| u16::try_from(lanes).ok());
+        self.plaintext_lanes = section.boolean("plaintext_lanes").unwrap_or(self.plaintext_lanes);
+        self.bandwidth = section.size("bandwidth").unwrap_or(self.bandwidth);
+        for (key, slot) in [("incoming_max", &mut self.incoming_max), ("outgoing_max", &mut self.outgoing_max)] {
+            *slot = section.integer(key, 0..=64).and_then(|most| usize::try_from(most).ok()).unwrap_or(*slot);
+        }
+        if let Some(list) = section.integers("announce_schedule_ms", 1..=10_000) {
+            if list.len() > 32 {
+                section.problem("announce_schedule_ms", format_args!("has {} rounds", list.len()), "at most 32 are sent");
+            }
+            self.announce_schedule = list.into_iter().map(ms).collect();
+        }
+        section.close();
+    }
+}
+
+/// What a name should be.
+pub(crate) const NAME_WANTS: &str = "it should be 1 to 63 letters, digits, '-', '_' or '.', beginning with a letter or digit";
+
+/// Whether `name` may name a host, a guest or a network: it is used in file names and shown to people.
+#[must_use]
+pub(crate) fn plain_name(name: &str) -> bool {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=63).contains(&name.len()) && name.chars().all(fine) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+/// Whether `name` may name a network interface.
+fn interface_name(name: &str) -> bool {
+    (1..=15).contains(&name.len()) && !name.contains(|c: char| c.is_whitespace() || c == '/' || c.is_control())
+}
+
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    name.filter(|name| plain_name(name)).unwrap_or_else(|| "this-host".into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("agent.toml"), text)
+    }
+
+    #[test]
+    fn the_example_is_valid() {
+        let config = parse(include_str!("../../../packaging/limosa.example.toml")).unwrap();
+        assert_eq!(config.networks.len(), 1);
+        assert_eq!(config.migration.downtime_target, Duration::from_millis(50));
+    }
+
+    #[test]
+    fn every_problem_is_named_with_its_line() {
+        let text = "[agent]\nlisten = [\"nowhere\"]\nnmae = \"x\"\n\n[migration]\nlanes = 40\ndowntime_target_ms = \"fast\"\n\
+                    on_no_convergence = \"hope\"\n[allow]\npeers = [\"10.0.0.0/99\"]\n[[network]]\nname = \"lan\"\n";
+        let error = parse(text).unwrap_err().to_string();
+        for part in [
+            "agent.toml:2: agent.listen has \"nowhere\"; it should be addresses with a port",
+            "agent.toml:3: unknown key \"agent.nmae\"; did you mean \"name\"?",
+            "agent.toml:6: migration.lanes is 40; it should be a whole number from 1 to 16",
+            "agent.toml:7: migration.downtime_target_ms is \"fast\"",
+            "agent.toml:8: migration.on_no_convergence is \"hope\"; it should be \"longer-downtime\" or \"abort\"",
+            "agent.toml:10: allow.peers has \"10.0.0.0/99\"",
+            "agent.toml:11: network.bridge is missing",
+        ] {
+            assert!(error.contains(part), "{part}\nis not in\n{error}");
+        }
+        assert_eq!(error.lines().count(), 7, "{error}");
+    }
+
+    #[test]
+    fn broken_toml_has_a_line() {
+        let error = parse("[agent]\nname = \n").unwrap_err();
+        assert_eq!(error.problems.first().unwrap().line, 2, "{error}");
+    }
+
+    #[test]
+    fn rules_between_keys_hold() {
+        let error = parse("[migration]\ndowntime_target_ms = 5000\n").unwrap_err().to_string();
+        assert!(error.contains("downtime_max_ms is less than downtime_target_ms"), "{error}");
+        let error = parse("[[network]]\nname=\"a\"\nbridge=\"b\"\n[[network]]\nname=\"a\"\nbridge=\"this-is-far-too-long\"\n").unwrap_err();
+        assert_eq!(error.problems.len(), 2, "{error}");
+    }
+
+    #[test]
+    fn nothing_is_allowed_by_default() {
+        let config = parse("").unwrap();
+        assert!(!config.allow.decide("10.0.0.1".parse().unwrap()).allowed);
+    }
+}

@@ -1,0 +1,267 @@
+//! Jobs: the migrations of this host, those at work in memory, finished ones also as files.
+//! A job carries out nothing; `outgoing` and `incoming` do and keep it up to date.
+
+use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use limosa_link::Cancel;
+use limosa_proto::report::Report;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// Finished jobs that are remembered.
+pub const KEPT_MAX: usize = 200;
+
+/// All jobs; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Jobs {
+    inner: Arc<Mutex<Table>>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Table {
+    directory: PathBuf,
+    next: u64,
+    jobs: BTreeMap<u64, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    info: JobInfo,
+    cancel: Cancel,
+}
+
+/// How a job came to its end, or into doubt.
+#[derive(Debug, Clone)]
+pub struct Ending {
+    /// The state.
+    pub state: JobState,
+    /// Why, in words.
+    pub words: String,
+    /// A word for machines when it did not succeed.
+    pub code: Option<String>,
+    /// What it came to.
+    pub report: Option<Report>,
+}
+
+/// Milliseconds since 1970.
+#[must_use]
+pub(crate) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Jobs {
+    /// The jobs kept in `directory`, which is made if it is absent. Files that are no jobs are left alone.
+    ///
+    /// # Errors
+    /// The directory cannot be made or read.
+    pub fn open(directory: &Path) -> std::io::Result<Jobs> {
+        std::fs::create_dir_all(directory)?;
+        let mut jobs = BTreeMap::new();
+        for file in std::fs::read_dir(directory)? {
+            let path = file?.path();
+            let info = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<JobInfo>(&bytes).ok());
+            if let Some(info) = info {
+                jobs.insert(info.id, Entry { info, cancel: Cancel::new() });
+            }
+        }
+        let next = jobs.last_key_value().map_or(1, |(last, _)| last + 1);
+        let table = Table { directory: directory.to_path_buf(), next, jobs };
+        Ok(Jobs { inner: Arc::new(Mutex::new(table)), changed: watch::Sender::new(0) })
+    }
+
+    /// Begins a job; gives its number and what cancels it.
+    pub fn begin(&self, make: impl FnOnce(u64) -> JobInfo) -> (u64, Cancel) {
+        let mut table = self.lock();
+        let id = table.next;
+        table.next += 1;
+        let cancel = Cancel::new();
+        table.jobs.insert(id, Entry { info: make(id), cancel: cancel.clone() });
+        drop(table);
+        self.tell();
+        (id, cancel)
+    }
+
+    /// Notes how far a job is.
+    pub fn progress(&self, id: u64, progress: JobProgress) {
+        if let Some(entry) = self.lock().jobs.get_mut(&id) {
+            entry.info.progress = Some(progress);
+        }
+        self.tell();
+    }
+
+    /// Changes what is known of a job.
+    pub fn update(&self, id: u64, change: impl FnOnce(&mut JobInfo)) {
+        if let Some(entry) = self.lock().jobs.get_mut(&id) {
+            change(&mut entry.info);
+        }
+        self.tell();
+    }
+
+    /// Notes a job's end, or that it is in doubt, and keeps an ended one as a file.
+    pub fn end(&self, id: u64, ending: Ending) {
+        let mut table = self.lock();
+        if let Some(entry) = table.jobs.get_mut(&id) {
+            let info = &mut entry.info;
+            info.state = ending.state;
+            info.words = ending.words;
+            info.code = ending.code;
+            if ending.report.is_some() {
+                info.report = ending.report;
+            }
+            if ending.state.ended() {
+                info.progress = None;
+                info.ended_unix_ms = Some(unix_ms());
+                let info = info.clone();
+                table.keep(&info);
+            }
+        }
+        drop(table);
+        self.tell();
+    }
+
+    /// Asks a job to stop.
+    ///
+    /// # Errors
+    /// Why it cannot, in words.
+    pub fn cancel(&self, id: u64, words: &str) -> Result<(), String> {
+        let table = self.lock();
+        let entry = table.jobs.get(&id).ok_or_else(|| format!("there is no job {id}; `limosa jobs` lists them"))?;
+        match entry.info.state {
+            JobState::Running => {
+                entry.cancel.cancel(words);
+                Ok(())
+            }
+            JobState::InDoubt => Err(format!("job {id} is past its commit and in doubt: it ends when the hosts can talk again")),
+            _ => Err(format!("job {id} has already ended: {}", entry.info.words)),
+        }
+    }
+
+    /// Asks every job at work to stop.
+    pub fn cancel_all(&self, words: &str) {
+        for entry in self.lock().jobs.values().filter(|entry| entry.info.state == JobState::Running) {
+            entry.cancel.cancel(words);
+        }
+    }
+
+    /// One job.
+    #[must_use]
+    pub fn get(&self, id: u64) -> Option<JobInfo> {
+        self.lock().jobs.get(&id).map(|entry| entry.info.clone())
+    }
+
+    /// All jobs, oldest first.
+    #[must_use]
+    pub fn all(&self) -> Vec<JobInfo> {
+        self.lock().jobs.values().map(|entry| entry.info.clone()).collect()
+    }
+
+    /// How many are at work in this direction.
+    #[must_use]
+    pub fn running(&self, direction: Direction) -> usize {
+        let at_work = |entry: &&Entry| entry.info.direction == direction && entry.info.state == JobState::Running;
+        self.lock().jobs.values().filter(at_work).count()
+    }
+
+    /// Changes whenever a job does.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self) {
+        self.changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+impl Table {
+    fn file(&self, id: u64) -> PathBuf {
+        self.directory.join(format!("{id}.json"))
+    }
+
+    fn keep(&mut self, info: &JobInfo) {
+        let path = self.file(info.id);
+        let written = serde_json::to_vec_pretty(info).map_err(std::io::Error::from).and_then(|bytes| {
+            let beside = path.with_extension("new");
+            std::fs::write(&beside, bytes)?;
+            std::fs::rename(&beside, &path)
+        });
+        if let Err(error) = written {
+            tracing::warn!(job = info.id, file = %path.display(), %error, "a finished job could not be kept");
+        }
+        let ended: Vec<u64> = self.jobs.values().filter(|e| e.info.state.ended()).map(|e| e.info.id).collect();
+        for old in ended.iter().take(ended.len().saturating_sub(KEPT_MAX)) {
+            self.jobs.remove(old);
+            // A file that is gone already is what is wanted.
+            let _ = std::fs::remove_file(self.file(*old));
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn info(id: u64) -> JobInfo {
+        JobInfo {
+            id,
+            direction: Direction::Outgoing,
+            vm: "web".into(),
+            vm_id: String::new(),
+            peer: "beta".into(),
+            migration: String::new(),
+            generation: 1,
+            state: JobState::Running,
+            began_unix_ms: unix_ms(),
+            ended_unix_ms: None,
+            progress: None,
+            report: None,
+            words: String::new(),
+            code: None,
+        }
+    }
+
+    fn ending(state: JobState) -> Ending {
+        Ending { state, words: "so".into(), code: None, report: None }
+    }
+
+    #[test]
+    fn finished_jobs_are_kept_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::open(dir.path()).unwrap();
+        for _ in 0..KEPT_MAX + 5 {
+            let (id, _cancel) = jobs.begin(info);
+            jobs.end(id, ending(JobState::Done));
+        }
+        let (open, _cancel) = jobs.begin(info);
+        drop(jobs);
+        let jobs = Jobs::open(dir.path()).unwrap();
+        assert_eq!(jobs.all().len(), KEPT_MAX);
+        assert_eq!(jobs.all().first().unwrap().id, 6);
+        assert!(jobs.get(open).is_none());
+        assert!(jobs.begin(info).0 > 200);
+    }
+
+    #[test]
+    fn a_cancel_arrives_only_while_it_helps() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::open(dir.path()).unwrap();
+        let (id, cancel) = jobs.begin(info);
+        assert_eq!(jobs.running(Direction::Outgoing), 1);
+        jobs.cancel(id, "by hand").unwrap();
+        assert!(cancel.is_cancelled());
+        jobs.end(id, ending(JobState::InDoubt));
+        assert!(jobs.cancel(id, "by hand").unwrap_err().contains("past its commit"));
+        jobs.end(id, ending(JobState::Aborted));
+        assert!(jobs.cancel(id, "by hand").unwrap_err().contains("already ended: so"));
+        assert!(jobs.cancel(99, "by hand").is_err());
+    }
+}

@@ -1,0 +1,1 @@
+//! The agent: sessions, journal, jobs, API.

@@ -1,0 +1,267 @@
+//! One guest of this host: its VMM's process and connection, and what it is doing.
+//! All guests together, and how they come and go, are in `vms`.
+
+use crate::api::VmInfo;
+use crate::jobs::unix_ms;
+use crate::process::{self, Process};
+use limosa_link::Cancel;
+use limosa_plug::PlugConnection;
+use limosa_proto::identity::VmId;
+use limosa_proto::wire::message::{NicDescription, VmDescription};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a guest is doing, as far as the agent knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VmState {
+    /// It runs.
+    Running,
+    /// It stands still and waits for a decision.
+    Paused,
+    /// It is being received.
+    Incoming,
+    /// Its VMM has ended, or is about to.
+    Gone,
+}
+
+/// A guest.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) id: VmId,
+    pub(crate) name: String,
+    inner: Mutex<Inner>,
+    plugged: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: VmState,
+    connection: Option<Arc<PlugConnection>>,
+    /// Number of the connection, so that news of an old one are told from those of the newest.
+    serial: u64,
+    /// The VMM: process id, and when it was born.
+    pid: u32,
+    born: Option<u64>,
+    /// Set where this very agent started it.
+    process: Option<Process>,
+    since_unix_ms: u64,
+    description: Option<VmDescription>,
+    /// What a migration wants to have cancelled when the VMM is lost.
+    lost: Option<Cancel>,
+    claimed: Option<&'static str>,
+}
+
+impl Vm {
+    /// A guest without a connection yet.
+    pub(crate) fn new(id: VmId, name: String, state: VmState) -> Arc<Vm> {
+        let inner = Inner {
+            state,
+            connection: None,
+            serial: 0,
+            pid: 0,
+            born: None,
+            process: None,
+            since_unix_ms: unix_ms(),
+            description: None,
+            lost: None,
+            claimed: None,
+        };
+        Arc::new(Vm { id, name, inner: Mutex::new(inner), plugged: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM has plugged in, for the first time or anew.
+    pub(crate) fn plug(&self, connection: Arc<PlugConnection>, serial: u64) {
+        let mut inner = self.lock();
+        inner.pid = u32::try_from(connection.pid()).unwrap_or(0);
+        inner.born = process::birth(inner.pid);
+        inner.connection = Some(connection);
+        inner.serial = serial;
+        self.plugged.notify_all();
+    }
+
+    /// The connection `serial` is gone; a migration that needs it is told.
+    pub(crate) fn unplug(&self, serial: u64, words: &str) {
+        let mut inner = self.lock();
+        if inner.serial == serial {
+            inner.connection = None;
+            if let Some(cancel) = &inner.lost {
+                cancel.cancel(format!("the VMM of {} is lost: {words}", self.name));
+            }
+        }
+    }
+
+    /// Whether `serial` is the newest connection's number.
+    pub(crate) fn has_serial(&self, serial: u64) -> bool {
+        self.lock().serial == serial
+    }
+
+    /// The connection, if there is one.
+    pub(crate) fn connection(&self) -> Option<Arc<PlugConnection>> {
+        self.lock().connection.clone()
+    }
+
+    /// The connection, waiting up to `patience` for a VMM that is plugging in anew.
+    pub(crate) fn connection_within(&self, patience: Duration) -> Result<Arc<PlugConnection>, String> {
+        let until = Instant::now() + patience;
+        let mut inner = self.lock();
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match &inner.connection {
+                Some(connection) => return Ok(Arc::clone(connection)),
+                None if left.is_zero() || inner.state == VmState::Gone => {
+                    return Err(format!("the VMM of {} (process {}) is not plugged in", self.name, inner.pid));
+                }
+                None => inner = self.plugged.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0,
+            }
+        }
+    }
+
+    pub(crate) fn state(&self) -> VmState {
+        self.lock().state
+    }
+
+    pub(crate) fn set_state(&self, state: VmState) {
+        self.lock().state = state;
+    }
+
+    pub(crate) fn set_process(&self, process: Process) {
+        let mut inner = self.lock();
+        inner.pid = process.pid();
+        inner.born = process::birth(inner.pid);
+        inner.process = Some(process);
+    }
+
+    pub(crate) fn description(&self) -> Option<VmDescription> {
+        self.lock().description.clone()
+    }
+
+    pub(crate) fn set_description(&self, description: VmDescription) {
+        self.lock().description = Some(description);
+    }
+
+    /// `cancel` is cancelled when the VMM is lost; none: nobody needs to know.
+    pub(crate) fn on_lost(&self, cancel: Option<Cancel>) {
+        self.lock().lost = cancel;
+    }
+
+    /// CPU seconds that the VMM has used apart from running the guest.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        process::overhead_seconds(self.lock().pid)
+    }
+
+    /// Whether the VMM's process has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        let mut inner = self.lock();
+        let (pid, born) = (inner.pid, inner.born);
+        match &mut inner.process {
+            Some(process) => process.ended().is_some(),
+            None => pid == 0 || born.is_none() || process::birth(pid) != born,
+        }
+    }
+
+    /// Waits until the VMM's process has ended by itself; ends it after `patience`.
+    pub(crate) fn end_within(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while !self.has_ended() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut inner = self.lock();
+        inner.state = VmState::Gone;
+        inner.connection = None;
+        let (pid, born) = (inner.pid, inner.born);
+        match &mut inner.process {
+            Some(process) => process.end_after(Duration::ZERO),
+            None => {
+                if let Some(born) = born {
+                    process::kill_born(pid, born);
+                }
+            }
+        }
+        self.plugged.notify_all();
+    }
+
+    /// Takes the guest for one purpose; nobody else may meanwhile.
+    pub(crate) fn claim(self: &Arc<Vm>, purpose: &'static str) -> Result<Claim, String> {
+        let mut inner = self.lock();
+        if let Some(other) = inner.claimed {
+            return Err(format!("{} is {other}; `limosa jobs` shows more", self.name));
+        }
+        inner.claimed = Some(purpose);
+        Ok(Claim(Arc::clone(self)))
+    }
+
+    /// Whether somebody has claimed it.
+    pub(crate) fn is_claimed(&self) -> bool {
+        self.lock().claimed.is_some()
+    }
+
+    /// What commands are told.
+    pub(crate) fn info(&self) -> VmInfo {
+        let inner = self.lock();
+        let state = match (inner.state, inner.claimed) {
+            (VmState::Gone, _) => "gone",
+            (VmState::Incoming, _) => "incoming",
+            (_, Some(purpose)) => purpose,
+            (VmState::Paused, None) => "paused",
+            (VmState::Running, None) if inner.connection.is_none() => "running, not plugged in",
+            (VmState::Running, None) => "running",
+        };
+        let description = inner.description.as_ref();
+        VmInfo {
+            name: self.name.clone(),
+            id: self.id.to_string(),
+            state: state.into(),
+            pid: inner.pid,
+            since_unix_ms: inner.since_unix_ms,
+            memory_bytes: description.map_or(0, |vm| vm.memory.bytes()),
+            vcpus: description.map_or(0, |vm| vm.vcpus),
+            nics: description.map_or_else(Vec::new, |vm| vm.nics.iter().map(nic_words).collect()),
+        }
+    }
+}
+
+fn nic_words(nic: &NicDescription) -> String {
+    let addresses: Vec<String> = nic.addresses.iter().map(ToString::to_string).collect();
+    let vlan = nic.vlan.map_or(String::new(), |vlan| format!(", VLAN {vlan}"));
+    format!("{} on {}{vlan}, {}", limosa_announce::mac_words(nic.mac), nic.network, addresses.join(" "))
+}
+
+/// A guest taken for one purpose; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Claim(Arc<Vm>);
+
+impl Claim {
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.0
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        inner.claimed = None;
+        inner.lost = None;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_claimed_once() {
+        let vm = Vm::new(VmId([1; 16]), "web".into(), VmState::Running);
+        let claim = vm.claim("migrating").unwrap();
+        assert_eq!(vm.info().state, "migrating");
+        assert!(vm.claim("stopping").unwrap_err().contains("web is migrating"));
+        drop(claim);
+        assert!(vm.claim("stopping").is_ok());
+        assert!(vm.connection_within(Duration::from_millis(1)).is_err());
+        assert!(vm.has_ended());
+    }
+}

@@ -1,0 +1,225 @@
+//! A guest's configuration file: name, memory, vCPUs, what it boots, its NICs.
+//! It is read by the VMM, by the agent for the name, and on the destination from the text that travels with the
+//! guest. It opens nothing: whether the kernel or a bridge exists is found out by who needs it.
+
+use crate::checked::{ConfigError, Problems, Section, read_text};
+use crate::config::{NAME_WANTS, plain_name};
+use limosa_proto::identity::VmId;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+/// Where the guest's serial line goes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Serial {
+    /// To the VMM's standard output, which the agent keeps in a log file.
+    #[default]
+    Stdout,
+    /// Appended to a file.
+    File(PathBuf),
+    /// Nowhere.
+    Off,
+}
+
+/// One network interface of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NicConfig {
+    /// Its MAC address; it never changes.
+    pub mac: [u8; 6],
+    /// The network it is on, by the name that all hosts know.
+    pub network: String,
+    /// Addresses that the guest uses, for the announcements after a move.
+    pub addresses: Vec<IpAddr>,
+    /// VLAN tag of the guest's frames on the bridge, if any.
+    pub vlan: Option<u16>,
+    /// Largest packet in bytes, without the Ethernet header.
+    pub mtu: u16,
+}
+
+/// A guest, as its file describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Its name, unique on a host.
+    pub name: String,
+    /// Memory in bytes, a multiple of 4 KiB.
+    pub memory: u64,
+    /// Whether memory is backed by 2 MiB huge pages (hugetlbfs).
+    pub huge_pages: bool,
+    /// Whether transparent huge pages are asked for.
+    pub thp: bool,
+    /// Whether all memory is populated at start.
+    pub populate: bool,
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+    /// Kernel image: PVH ELF or bzImage.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Where the serial line goes.
+    pub serial: Serial,
+    /// Network interfaces, in order.
+    pub nics: Vec<NicConfig>,
+}
+
+impl VmConfig {
+    /// Reads and validates `file`; relative paths in it are relative to its directory.
+    ///
+    /// # Errors
+    /// Every problem of the file, with its line.
+    pub fn load(file: &Path) -> Result<(VmConfig, String), ConfigError> {
+        let text = read_text(file)?;
+        let mut config = VmConfig::parse(file, &text)?;
+        let beside = |path: &PathBuf| file.parent().unwrap_or(Path::new("/")).join(path);
+        config.kernel = beside(&config.kernel);
+        config.initramfs = config.initramfs.as_ref().map(beside);
+        if let Serial::File(path) = &config.serial {
+            config.serial = Serial::File(beside(path));
+        }
+        Ok((config, text))
+    }
+
+    /// Validates the text of `file`.
+    ///
+    /// # Errors
+    /// Every problem of the text, with its line.
+    pub fn parse(file: &Path, text: &str) -> Result<VmConfig, ConfigError> {
+        let problems = Problems::new(file, text);
+        let table = problems.root();
+        let config = table.as_ref().and_then(|table| read(Section::root(table, &problems)));
+        drop(table);
+        problems.finish(config)
+    }
+}
+
+/// Name of the TAP device of NIC `index` of guest `id`: the VMM makes it, the agent announces through it.
+#[must_use]
+pub fn tap_name(id: VmId, index: usize) -> String {
+    let text: String = id.to_string().chars().take(9).collect();
+    format!("lim{text}.{index}")
+}
+
+fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
+    let name = root.string("name");
+    match &name {
+        None => root.problem("name", "is missing", NAME_WANTS),
+        Some(name) if !plain_name(name) => root.problem("name", format_args!("is {name:?}"), NAME_WANTS),
+        Some(_) => {}
+    }
+    let kernel = root.string("kernel").map(PathBuf::from);
+    if kernel.is_none() {
+        root.problem("kernel", "is missing", "it should be the path of a PVH ELF or a bzImage");
+    }
+    let huge_pages = root.one_of("page_size", &["4K", "2M"]) == Some(1);
+    let memory = root.size("memory");
+    let granule = if huge_pages { 2 << 20 } else { 4096 };
+    match memory {
+        None => root.problem("memory", "is missing", "it should be a size such as \"2G\""),
+        Some(bytes) if !(1 << 20..=16 << 40).contains(&bytes) || bytes % granule != 0 => {
+            let wants = format!("it should be from 1M to 16T, a multiple of {granule} bytes");
+            root.problem("memory", format_args!("is {bytes} bytes"), wants);
+        }
+        Some(_) => {}
+    }
+    let serial = root.string("serial").map_or(Serial::Stdout, |text| match text.as_str() {
+        "stdout" => Serial::Stdout,
+        "off" => Serial::Off,
+        path => Serial::File(path.into()),
+    });
+    let thp = root.boolean("thp").unwrap_or(false);
+    let populate = root.boolean("populate").unwrap_or(false);
+    let vcpus = root.integer("vcpus", 1..=1024).and_then(|number| u32::try_from(number).ok()).unwrap_or(1);
+    let initramfs = root.string("initramfs").map(PathBuf::from);
+    let cmdline = root.string("cmdline").unwrap_or_default();
+    if cmdline.len() > 2000 || cmdline.contains('\0') {
+        root.problem("cmdline", format_args!("has {} bytes", cmdline.len()), "it should have at most 2000 bytes and no NUL");
+    }
+    let nics = read_nics(root.sections("nic"));
+    root.close();
+    Some(VmConfig { name: name?, memory: memory?, huge_pages, thp, populate, vcpus, kernel: kernel?, initramfs, cmdline, serial, nics })
+}
+
+fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
+    let mut nics: Vec<NicConfig> = Vec::new();
+    for (index, mut section) in sections.into_iter().enumerate() {
+        let mac = section.parsed::<Mac>("mac", "six bytes such as \"52:54:00:12:34:56\", not a group address");
+        let network = section.string("network");
+        if network.is_none() {
+            section.problem("network", "is missing", "it should be the name of a network that the agent knows");
+        }
+        if mac.is_none() {
+            section.problem("mac", "is missing or bad", "a NIC keeps its MAC for life: six bytes such as \"52:54:00:12:34:56\"");
+        }
+        if mac.as_ref().is_some_and(|mac| nics.iter().any(|nic| nic.mac == mac.0)) {
+            section.problem("mac", "is used twice", "each NIC should have a MAC of its own");
+        }
+        if index >= 8 {
+            section.problem("mac", "is on the ninth NIC", "a guest should have at most 8 NICs");
+        }
+        let wants = "an address such as \"10.0.0.5\" or \"fd00::5\"";
+        let addresses = section.parsed_list::<IpAddr>("addresses", wants).unwrap_or_default();
+        if addresses.len() > 16 {
+            section.problem("addresses", format_args!("has {} addresses", addresses.len()), "at most 16 are announced");
+        }
+        let small = |number: u64| u16::try_from(number).ok();
+        let vlan = section.integer("vlan", 1..=4094).and_then(small);
+        let mtu = section.integer("mtu", 576..=65_535).and_then(small).unwrap_or(1500);
+        section.close();
+        if let (Some(mac), Some(network)) = (mac, network) {
+            nics.push(NicConfig { mac: mac.0, network, addresses, vlan, mtu });
+        }
+    }
+    nics
+}
+
+/// A unicast MAC address as text.
+struct Mac([u8; 6]);
+
+impl std::str::FromStr for Mac {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Mac, ()> {
+        let mut mac = [0; 6];
+        let mut parts = text.split([':', '-']);
+        for byte in &mut mac {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(())?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| ())?;
+        }
+        let group = mac.first().is_some_and(|first| first & 1 == 1);
+        if parts.next().is_some() || group || mac == [0; 6] { Err(()) } else { Ok(Mac(mac)) }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "name = \"web\"\nmemory = \"256M\"\nvcpus = 2\nkernel = \"guest.elf\"\ncmdline = \"ip=10.0.0.5\"\n\
+                        serial = \"web.serial\"\n[[nic]]\nmac = \"52:54:00:00:00:05\"\nnetwork = \"lan\"\naddresses = [\"10.0.0.5\", \"fd00::5\"]\n";
+
+    #[test]
+    fn a_whole_file_is_read() {
+        let config = VmConfig::parse(Path::new("web.toml"), GOOD).unwrap();
+        assert_eq!((config.memory, config.vcpus, config.nics.len()), (256 << 20, 2, 1));
+        assert_eq!(config.nics[0].mac, [0x52, 0x54, 0, 0, 0, 5]);
+        assert_eq!(config.serial, Serial::File("web.serial".into()));
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("web.toml");
+        std::fs::write(&file, GOOD).unwrap();
+        let (config, text) = VmConfig::load(&file).unwrap();
+        assert_eq!((config.kernel, text.as_str()), (dir.path().join("guest.elf"), GOOD));
+    }
+
+    #[test]
+    fn problems_are_named() {
+        let text = "name = \"../x\"\nmemory = \"3\"\ncpus = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n";
+        let error = VmConfig::parse(Path::new("v.toml"), text).unwrap_err().to_string();
+        for part in ["v.toml:1: name is", "v.toml:2: memory is 3 bytes", "v.toml:3: unknown key \"cpus\"; did you mean \"vcpus\"?", "v.toml:5: nic.mac is", "nic.network is missing", "kernel is missing"] {
+            assert!(error.contains(part), "{part}\nis not in\n{error}");
+        }
+    }
+}

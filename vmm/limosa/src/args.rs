@@ -1,0 +1,293 @@
+//! The command line as typed. Nothing is resolved or done here: `plan` and `commands` do that.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use limosa_agent::checked::parse_size;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Live migration for KVM guests: moves a running guest to another host without stopping it.
+#[derive(Debug, Parser)]
+#[command(name = "limosa", version, max_term_width = 110, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 done; 1 refused, nothing changed; 2 usage or configuration; \
+                        3 aborted, the guest runs on at the source; 4 in doubt.")]
+pub(crate) struct Cli {
+    /// Print results as JSON on standard output
+    #[arg(long, global = true, overrides_with = "no_json")]
+    pub(crate) json: bool,
+    #[arg(long, global = true, hide = true)]
+    pub(crate) no_json: bool,
+    /// The agent's directory of sockets
+    #[arg(long, global = true, value_name = "DIR", env = "LIMOSA_RUN_DIR", default_value = "/run/limosa")]
+    pub(crate) run_dir: PathBuf,
+    /// The agent's API socket, if it is not api.sock in the run directory
+    #[arg(long, global = true, value_name = "SOCKET")]
+    pub(crate) api: Option<PathBuf>,
+    /// How logs look, on standard error
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How logs look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run this host's agent: it sends and receives guests
+    Agent {
+        /// Its configuration
+        #[arg(long, value_name = "FILE", help = "Its configuration [default: /etc/limosa/agent.toml, if it exists]")]
+        config: Option<PathBuf>,
+        /// Only check the configuration
+        #[arg(long)]
+        check: bool,
+    },
+    /// Run one guest (the agent starts this)
+    Vmm(VmmArgs),
+    /// Guests on this host
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Who this host is, and which hosts it trusts
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Move a running guest to another host
+    Migrate(MigrateArgs),
+    /// Migrations of this host
+    Jobs {
+        /// Go on showing them until none is at work
+        #[arg(long)]
+        watch: bool,
+    },
+    /// One migration: how far it is, or its report
+    Job {
+        id: u64,
+        /// Go on showing it until it ends
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Stop a migration; the guest runs on at the source
+    Cancel { id: u64 },
+    /// Whom the guest of a migration belongs to, as far as this host knows
+    Verdict { id: u64 },
+    /// Tell the network once more where a guest is
+    Announce { vm: String },
+    /// Two hosts on this machine, one live migration, a report
+    Demo(DemoArgs),
+    /// Shell completions on standard output
+    Completions { shell: clap_complete::Shell },
+    /// The manual page on standard output, or one page per command into a directory
+    Man {
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Start the guest of a configuration file
+    Start {
+        #[arg(value_name = "CONFIG")]
+        config: PathBuf,
+    },
+    /// List the guests
+    List,
+    /// Show one guest
+    Show { vm: String },
+    /// Stop a guest
+    Stop { vm: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// Show this host's name and id
+    Id,
+    /// Trust a host
+    Trust {
+        /// What to call it here
+        name: String,
+        /// What `limosa host id` prints there
+        id: String,
+        /// Where its agent listens: ADDRESS or ADDRESS:PORT
+        #[arg(value_name = "ADDRESS[:PORT]")]
+        address: String,
+    },
+    /// List the trusted hosts
+    List,
+    /// Trust a host no more
+    Remove { name: String },
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true))]
+pub(crate) struct VmmArgs {
+    /// The guest's configuration
+    #[arg(long, value_name = "FILE", group = "what")]
+    pub(crate) config: Option<PathBuf>,
+    /// Wait for a guest that comes from another host
+    #[arg(long, group = "what", requires = "plug")]
+    pub(crate) incoming: bool,
+    /// The agent's plug socket; without it the guest runs on its own
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) plug: Option<PathBuf>,
+    /// What the agent knows this process by
+    #[arg(long, value_name = "HEX", requires = "plug", hide = true)]
+    pub(crate) token: Option<String>,
+    /// The bridge of a network on this host
+    #[arg(long, value_name = "NETWORK=BRIDGE", value_parser = parse_bridge)]
+    pub(crate) bridge: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// The guest
+    pub(crate) vm: String,
+    /// The destination, as `limosa host list` names it
+    #[arg(long, value_name = "HOST")]
+    pub(crate) to: String,
+    /// Connections for guest memory [default: the agent's]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) lanes: Option<u16>,
+    /// Send guest memory in plain text; the destination must allow it too
+    #[arg(long, overrides_with = "no_plaintext")]
+    pub(crate) plaintext: bool,
+    /// Encrypt guest memory although the agent's configuration does not
+    #[arg(long, overrides_with = "plaintext")]
+    pub(crate) no_plaintext: bool,
+    /// The pause to aim at, such as 50ms
+    #[arg(long, value_parser = parse_duration)]
+    pub(crate) downtime: Option<Duration>,
+    /// The longest pause, such as 2s
+    #[arg(long, value_parser = parse_duration)]
+    pub(crate) downtime_max: Option<Duration>,
+    /// What to do when the guest writes faster than memory is sent
+    #[arg(long, value_parser = ["longer-downtime", "abort"])]
+    pub(crate) on_no_convergence: Option<String>,
+    /// Most bytes a second, such as 500M; 0 is no limit
+    #[arg(long, value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Show what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) print_plan: bool,
+}
+
+/// Which link carries the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LinkKind {
+    Tcp,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DemoArgs {
+    /// What carries the guest's memory
+    #[arg(long, value_enum, default_value = "tcp")]
+    pub(crate) link: LinkKind,
+    /// Connections for guest memory
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) lanes: Option<u16>,
+    /// Send guest memory in plain text
+    #[arg(long, overrides_with = "no_plaintext")]
+    pub(crate) plaintext: bool,
+    #[arg(long, hide = true)]
+    pub(crate) no_plaintext: bool,
+    /// The guest's memory
+    #[arg(long, value_parser = size, default_value = "512M")]
+    pub(crate) memory: u64,
+    /// How fast the guest writes to its memory, in bytes a second
+    #[arg(long, value_parser = size, default_value = "20MB/s")]
+    pub(crate) dirty: u64,
+    /// Address of the guest in the demo's own network
+    #[arg(long, default_value = "10.13.56.5", hide = true)]
+    pub(crate) address: IpAddr,
+    /// Keep the demo's directory and say where it is
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).ok_or_else(|| "a size such as 512M, 2G or 50MB/s is needed".into())
+}
+
+/// `50ms`, `2s`, `1m`, or a plain number of milliseconds.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at_checked(digits).unwrap_or((text, ""));
+    let factor = match unit.trim() {
+        "" | "ms" => Some(1),
+        "s" => Some(1_000),
+        "m" | "min" => Some(60_000),
+        _ => None,
+    };
+    let ms = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    ms.map(Duration::from_millis).ok_or_else(|| "a duration such as 50ms or 2s is needed".into())
+}
+
+fn parse_bridge(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(network, bridge)| !network.is_empty() && !bridge.is_empty());
+    pair.map(|(network, bridge)| (network.into(), bridge.into())).ok_or_else(|| "NETWORK=BRIDGE is needed, such as lan=br0".into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("limosa").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_has_help() {
+        fn walk(command: &clap::Command, path: &str) {
+            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+                let line = format!("{path} {}", sub.get_name());
+                assert!(sub.get_about().is_some(), "{line} has no words");
+                let error = parse(&format!("{line} --help")).unwrap_err();
+                assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{line}");
+                walk(sub, &line);
+            }
+        }
+        walk(&Cli::command(), "");
+    }
+
+    #[test]
+    fn migrate_is_read_whole() {
+        let line = "migrate web --to beta --lanes 4 --plaintext --downtime 50ms --downtime-max 2s --on-no-convergence abort --bandwidth 500M --json";
+        let cli = parse(line).unwrap();
+        assert!(cli.json);
+        let Command::Migrate(args) = cli.command else { unreachable!() };
+        assert_eq!((args.vm.as_str(), args.to.as_str(), args.lanes, args.plaintext), ("web", "beta", Some(4), true));
+        assert_eq!((args.downtime, args.downtime_max), (Some(Duration::from_millis(50)), Some(Duration::from_secs(2))));
+        assert_eq!(args.bandwidth, Some(500 << 20));
+        let Command::Migrate(args) = parse("migrate web --to beta --plaintext --no-plaintext").unwrap().command else { unreachable!() };
+        assert!(!args.plaintext && args.no_plaintext);
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for line in [
+            "migrate web",
+            "migrate web --to b --lanes 17",
+            "migrate web --to b --downtime soon",
+            "vmm",
+            "vmm --incoming",
+            "demo --link carrier-pigeon",
+            "demo --memory much",
+            "vmm --config a --bridge br0",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+        assert!(parse("vmm --incoming --plug /run/p --token 00").is_ok());
+    }
+}

@@ -1,0 +1,66 @@
+//! `limosa migrate`: asks the agent to move a guest and shows how it goes.
+
+use super::{Context, Ended, strange};
+use crate::args::MigrateArgs;
+use crate::{output, plan};
+use limosa_agent::api::{Answer, JobInfo, JobState, Request};
+
+pub(crate) fn run(context: &Context, args: &MigrateArgs) -> Ended {
+    let request = plan::migrate_request(args)?;
+    let mut progress = output::Progress::new(context.json);
+    let mut told = false;
+    let answer = context.ask_with(&Request::Migrate(request), |job| {
+        if !told && !context.json {
+            output::note(format!("job {0}: if this command ends, the migration goes on; `limosa cancel {0}` stops it", job.id));
+            told = true;
+        }
+        progress.show(job);
+    });
+    progress.done();
+    match answer? {
+        Answer::Plan(plan) if context.json => output::json(&plan),
+        Answer::Plan(plan) => plan::show(&plan),
+        Answer::Job(job) => return Ok(show(context, &job)),
+        other => return Err(strange(&other)),
+    }
+    Ok(0)
+}
+
+/// Shows a job's end; gives the exit code.
+fn show(context: &Context, job: &JobInfo) -> u8 {
+    if context.json {
+        output::json(&flat(job));
+    } else {
+        if job.state == JobState::Done {
+            output::line(format!("{} runs on {}", job.vm, job.peer));
+        }
+        let rows: Vec<_> = job.report.iter().flat_map(output::report_rows).map(|(name, value)| vec![name, value]).collect();
+        if job.state == JobState::Done {
+            output::table(&rows);
+        }
+    }
+    if job.state != JobState::Done {
+        output::note(format!("limosa: {}: {}", job.vm, output::ending(job)));
+    }
+    job.state.exit()
+}
+
+/// The report with the job's own fields beside its own, as machines get it.
+pub(crate) fn flat(job: &JobInfo) -> serde_json::Value {
+    let mut value = serde_json::to_value(&job.report).unwrap_or_default();
+    if !value.is_object() {
+        value = serde_json::json!({ "ok": job.state == JobState::Done });
+    }
+    if let Some(object) = value.as_object_mut() {
+        object.insert("job".into(), job.id.into());
+        object.insert("vm".into(), job.vm.clone().into());
+        object.insert("to".into(), job.peer.clone().into());
+        object.insert("state".into(), serde_json::to_value(job.state).unwrap_or_default());
+        object.insert("exit".into(), job.state.exit().into());
+        if job.state != JobState::Done {
+            object.insert("words".into(), job.words.clone().into());
+            object.insert("code".into(), job.code.clone().into());
+        }
+    }
+    value
+}

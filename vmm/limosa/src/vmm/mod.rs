@@ -1,0 +1,114 @@
+//! `limosa vmm`: one guest in this process, plugged into the host's agent or on its own.
+//! It has no network socket of its own, its TAPs apart, and knows no other host.
+
+mod build;
+mod plugged;
+
+use crate::args::VmmArgs;
+use crate::commands::Ended as Exit;
+use limosa_agent::api::{ApiError, exit};
+use limosa_agent::vm_config::VmConfig;
+use limosa_plug::{Ended, EventSender, ServeOptions, Token, VmState, events, serve};
+use limosa_proto::identity::VmId;
+use plugged::{Plugged, Running};
+use ring::rand::SecureRandom as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An incoming VMM without an agent is of no use for longer.
+const AGENT_WAIT_MAX: Duration = Duration::from_secs(20);
+
+pub(crate) fn run(args: &VmmArgs) -> Exit {
+    let token = token(args.token.as_deref())?;
+    let Some(file) = &args.config else {
+        let socket = args.plug.clone().ok_or_else(|| ApiError::usage("plug", "--incoming needs --plug"))?;
+        return incoming(socket, token);
+    };
+    let (config, text) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
+    let id = random_id()?;
+    let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
+    let running = Running::build(&config, id, &text, &args.bridge, config.populate).map_err(failed)?;
+    build::boot(&running.machine, &config).map_err(failed)?;
+    running.machine.resume().map_err(|e| failed(build::words(&e)))?;
+    tracing::info!(vm = config.name, %id, memory = config.memory, vcpus = config.vcpus, "the guest runs");
+    match &args.plug {
+        None => alone(running),
+        Some(socket) => {
+            let options = ServeOptions {
+                socket: socket.clone(),
+                token,
+                id,
+                name: config.name,
+                state: VmState::Running,
+                first_contact_time_max: None,
+            };
+            plug_in(&options, Some(running))
+        }
+    }
+}
+
+fn incoming(socket: PathBuf, token: Token) -> Exit {
+    let options = ServeOptions {
+        socket,
+        token,
+        id: VmId([0; 16]),
+        name: String::new(),
+        state: VmState::Waiting,
+        first_contact_time_max: Some(AGENT_WAIT_MAX),
+    };
+    plug_in(&options, None)
+}
+
+fn plug_in(options: &ServeOptions, running: Option<Running>) -> Exit {
+    let failed = |words: String| ApiError::refused("plug", words);
+    let (sender, receiver): (EventSender, _) = events().map_err(|e| failed(e.to_string()))?;
+    // Kept until `serve` returns: when every sender is gone it would end.
+    let keep = sender.clone();
+    let mut plugged = Plugged::new(running, sender);
+    let ended = serve(options, &mut plugged, &receiver).map_err(|e| failed(e.to_string()))?;
+    drop(keep);
+    match ended {
+        Ended::Rejected(words) => Err(failed(format!("the agent does not let this guest in: {words}"))),
+        Ended::NoAgent(words) => Err(failed(format!("no agent: {words}"))),
+        ended => {
+            tracing::info!(?ended, "the VMM ends");
+            Ok(exit::DONE)
+        }
+    }
+}
+
+/// Runs the guest without an agent until it stops.
+fn alone(running: Running) -> Exit {
+    let words = plugged::stopped(&Arc::downgrade(&running.machine)).unwrap_or_default();
+    tracing::info!(words, "the guest stopped");
+    Ok(exit::DONE)
+}
+
+fn random_id() -> Result<VmId, ApiError> {
+    let mut id = [0; 16];
+    ring::rand::SystemRandom::new().fill(&mut id).map_err(|_| ApiError::refused("random", "the system gives no random numbers"))?;
+    Ok(VmId(id))
+}
+
+/// The launch token: 32 hexadecimal digits; zeros if there is none.
+fn token(text: Option<&str>) -> Result<Token, ApiError> {
+    let Some(text) = text else { return Ok(Token::default()) };
+    // A VM's id has the same form.
+    let id: VmId = text.parse().map_err(|_| ApiError::usage("token", "--token should be 32 hexadecimal digits"))?;
+    Ok(Token(id.0))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_hexadecimal() {
+        assert_eq!(token(None).unwrap(), Token([0; 16]));
+        assert_eq!(token(Some("0102030405060708090a0b0c0d0e0f10")).unwrap().0[15], 16);
+        assert_eq!(token(Some("zz")).unwrap_err().exit, 2);
+        assert_ne!(random_id().unwrap(), random_id().unwrap());
+    }
+}

@@ -1,0 +1,170 @@
+//! TAP interfaces: opened, put on a bridge, set up. Not the frames that pass through: that is `devices/net.rs`.
+//!
+//! Soundness: each ioctl here takes an `ifreq` (or an int) that lives on this stack until the call returns, and a
+//! descriptor that is open; the kernel keeps no pointer to it.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// The virtio-net header before every frame, in bytes.
+pub(crate) const VNET_HEADER_BYTES: usize = 12;
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+/// linux/sockios.h; the libc crate lacks it.
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+
+/// Why a TAP could not be opened or set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The name is empty, too long, or has characters that interfaces cannot have.
+    #[error("interface name {0:?} is refused: 1 to 15 characters, without '/', blanks and NUL")]
+    Name(String),
+    /// A step failed.
+    #[error("TAP {name}: {what} failed: {source}{hint}")]
+    Step {
+        /// The interface.
+        name: String,
+        /// The step.
+        what: &'static str,
+        /// The error of the kernel.
+        source: std::io::Error,
+        /// What to do about it.
+        hint: &'static str,
+    },
+}
+
+/// An open TAP, with virtio-net headers and without offloads. It is gone when this is dropped, unless it is persistent.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+}
+
+/// An `ifreq`, filled with a name.
+fn request(name: &str) -> Result<libc::ifreq, TapError> {
+    let bad = name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0', ' ', '\t', '\n']);
+    if bad || name == "." || name == ".." {
+        return Err(TapError::Name(name.to_owned()));
+    }
+    // SAFETY: `ifreq` is plain data, for which zeroes are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+/// Turns the error of the last system call into ours.
+fn step(result: libc::c_int, name: &str, what: &'static str, hint: &'static str) -> Result<(), TapError> {
+    if result >= 0 {
+        return Ok(());
+    }
+    Err(TapError::Step { name: name.to_owned(), what, source: std::io::Error::last_os_error(), hint })
+}
+
+impl Tap {
+    /// Makes or opens the TAP `name`, puts it on `bridge` if there is one, gives it `mtu` (bytes) and sets it up.
+    ///
+    /// # Errors
+    /// When the name is not one, or when the kernel refuses a step: mostly for lack of CAP_NET_ADMIN, or of the bridge.
+    pub fn open(name: &str, bridge: Option<&str>, mtu: u16) -> Result<Self, TapError> {
+        let mut ifreq = request(name)?;
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open("/dev/net/tun");
+        let failed = |what, hint| move |source| TapError::Step { name: name.to_owned(), what, source, hint };
+        let file = file.map_err(failed("opening /dev/net/tun", "; is the tun module loaded?"))?;
+        ifreq.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // SAFETY: an open descriptor and a complete ifreq.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut ifreq) };
+        step(result, name, "TUNSETIFF", "; CAP_NET_ADMIN is needed, and the TAP must not be in use")?;
+        let tap = Self { file, name: name.to_owned() };
+        tap.set_frames()?;
+        let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|errno| failed("opening a control socket", "")(errno.into()))?;
+        tap.set_up(&control, bridge, mtu)?;
+        Ok(tap)
+    }
+
+    /// Takes over an open TAP (made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR), or anything that carries frames with 12
+    /// bytes of virtio-net header, one a read or write. Its interface is left as it is.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be made non-blocking.
+    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self, TapError> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let failed =
+            |errno: nix::errno::Errno| TapError::Step { name: name.to_owned(), what: "fcntl", source: errno.into(), hint: "" };
+        let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?;
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK)).map_err(failed)?;
+        let tap = Self { file: File::from(fd), name: name.to_owned() };
+        let mut ifreq = request(name)?;
+        // SAFETY: an open descriptor and a complete ifreq, which the kernel fills.
+        if unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNGETIFF, &raw mut ifreq) } >= 0 {
+            tap.set_frames()?;
+        }
+        Ok(tap)
+    }
+
+    /// The header's size, and no offloads: a frame is a whole Ethernet frame, whatever host the guest is moved to.
+    fn set_frames(&self) -> Result<(), TapError> {
+        let bytes = VNET_HEADER_BYTES as libc::c_int;
+        // SAFETY: an open descriptor and an int.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
+        step(result, &self.name, "TUNSETVNETHDRSZ", "")?;
+        // SAFETY: an open descriptor; the argument is a number.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, 0) };
+        step(result, &self.name, "TUNSETOFFLOAD", "")
+    }
+
+    fn set_up(&self, control: &OwnedFd, bridge: Option<&str>, mtu: u16) -> Result<(), TapError> {
+        let name = &self.name;
+        let mut ifreq = request(name)?;
+        ifreq.ifr_ifru.ifru_mtu = i32::from(mtu);
+        // SAFETY: an open socket and a complete ifreq.
+        let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFMTU as _, &raw mut ifreq) };
+        step(result, name, "setting the MTU", "")?;
+        if let Some(bridge) = bridge {
+            let mut index = request(name)?;
+            // SAFETY: an open socket and a complete ifreq, which the kernel fills.
+            let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCGIFINDEX as _, &raw mut index) };
+            step(result, name, "asking for the index", "")?;
+            let mut ifreq = request(bridge)?;
+            // SAFETY: SIOCGIFINDEX filled this arm.
+            ifreq.ifr_ifru.ifru_ifindex = unsafe { index.ifr_ifru.ifru_ifindex };
+            // SAFETY: an open socket and a complete ifreq.
+            let result = unsafe { libc::ioctl(control.as_raw_fd(), SIOCBRADDIF, &raw mut ifreq) };
+            step(result, name, "joining the bridge", "; does the bridge exist in this network namespace?")?;
+        }
+        let mut ifreq = request(name)?;
+        // SAFETY: an open socket and a complete ifreq, which the kernel fills.
+        let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCGIFFLAGS as _, &raw mut ifreq) };
+        step(result, name, "asking for flags", "")?;
+        // SAFETY: SIOCGIFFLAGS filled this arm.
+        let flags = unsafe { ifreq.ifr_ifru.ifru_flags };
+        ifreq.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+        // SAFETY: an open socket and a complete ifreq.
+        let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut ifreq) };
+        step(result, name, "setting it up", "")
+    }
+
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
