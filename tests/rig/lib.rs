@@ -14,7 +14,7 @@ pub mod qemu;
 pub mod skip;
 pub mod spec;
 
-pub use anyhow::{Context, Result, bail, ensure};
+pub use anyhow::{Context, Error, Result, bail, ensure};
 pub use host::{AgentConfig, Host};
 pub use lab::{Lab, with_bare_lab, with_lab};
 pub use skip::skip;

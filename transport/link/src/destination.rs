@@ -12,7 +12,7 @@ use crate::sending::Tag;
 use crate::sessions::{Arrival, Place};
 use crate::source::{LANE_GRACE, TICK, receive};
 use crate::{Control, HostError};
-use crate::stub::Destination;
+use limosa_proto::destination::Destination;
 use limosa_proto::error::Coded as _;
 use limosa_proto::event::{DestinationAction, DestinationEvent, DestinationOutcome, HostTask};
 use limosa_proto::memory::PAGE_BYTES;
@@ -68,10 +68,14 @@ pub(crate) async fn run(
     let Incoming { host, config, populate, cancel, progress, done } = incoming;
     let tag = Tag { migration: place.migration, generation: place.generation };
     let cpu_ns = Arc::new(AtomicU64::new(0));
-    let host = match Hosted::start("destination-host", host, cpu_ns.clone()) {
-        Ok(host) => host,
-        Err(error) => {
-            let refusal = Refusal::one(Code::NoRoom, format!("no thread for the host: {error}"));
+    let made = Destination::new(now(), config).map_err(|error| error.to_string()).and_then(|engine| {
+        let host = Hosted::start("destination-host", host, cpu_ns.clone()).map_err(|error| format!("no thread for the host: {error}"))?;
+        Ok((engine, host))
+    });
+    let (engine, host) = match made {
+        Ok(made) => made,
+        Err(words) => {
+            let refusal = Refusal::one(Code::Internal, words);
             let _ = control.send(tag.migration, tag.generation, &Message::Refuse(refusal.clone()));
             if let Some(done) = done {
                 let _ = done.send(DestinationOutcome::Refused(refusal));
@@ -82,7 +86,7 @@ pub(crate) async fn run(
     let (inner, mut inners) = mpsc::unbounded_channel();
     let (lane_events, mut lanes) = mpsc::unbounded_channel();
     let mut driver = Driver {
-        engine: Destination::new(now(), config),
+        engine,
         place,
         tag,
         host,

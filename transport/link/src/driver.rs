@@ -75,9 +75,10 @@ impl Cancel {
     pub async fn cancelled(&self) -> String {
         let mut words = self.0.subscribe();
         // The sender is `self`, so the wait cannot fail; if it ever did, nobody could cancel any more.
-        match words.wait_for(Option::is_some).await {
-            Ok(words) => words.clone().unwrap_or_default(),
-            Err(_) => std::future::pending().await,
+        let words = words.wait_for(Option::is_some).await.ok().and_then(|words| words.clone());
+        match words {
+            Some(words) => words,
+            None => std::future::pending().await,
         }
     }
 

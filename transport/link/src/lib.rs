@@ -23,7 +23,6 @@ pub mod secure;
 mod sending;
 pub mod sessions;
 mod source;
-mod stub;
 mod tcp;
 pub mod tls;
 

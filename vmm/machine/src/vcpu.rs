@@ -146,8 +146,10 @@ impl VcpuSet {
         let mut state = self.gate.lock();
         if state.target == Target::Paused {
             state.target = Target::Running;
-            self.gate.changed.notify_all();
         }
+        // Under the lock: vCPUs that wake wait for it a moment longer, and on a host with few CPUs this thread, which has yet
+        // to tell others that the guest runs, gets to go on before they take its CPU.
+        self.gate.changed.notify_all();
     }
 
     /// Kicks all vCPUs out of the guest, then waits until all are parked.

@@ -7,9 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stderr)]
 
-use limosa_plug::{
-    DirtyBitmap, Ended, GuestMemory, ServeOptions, Token, VmState, Vmm, VmmDescription, events, memfd, serve,
-};
+use limosa_plug::{DirtyBitmap, Ended, GuestMemory, ServeOptions, Token, VmState, Vmm, VmmDescription, events, memfd, serve};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, PAGE_BYTES, PageRange, Region};
 use limosa_proto::record::Record;
@@ -54,7 +52,7 @@ impl Machine {
         let index = usize::try_from(step % self.map.regions().len() as u64).unwrap_or(0);
         let Some(region) = self.map.region_range(index) else { return };
         let half = region.count / THREADS;
-        let page = region.first + thread * half + step.wrapping_mul(0x9e37_79b9) % half;
+        let page = region.first + thread * half + (step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % half;
         let range = PageRange { first: page, count: 1 };
         let mut counter = [0; 8];
         self.memory.read(range, 64, &mut counter);
@@ -84,7 +82,7 @@ impl Machine {
     }
 }
 
-struct Scribbler {
+pub(crate) struct Scribbler {
     description: Option<VmDescription>,
     memory: Vec<OwnedFd>,
     machine: Option<Arc<Machine>>,
@@ -92,6 +90,26 @@ struct Scribbler {
 }
 
 impl Scribbler {
+    /// One that waits for a guest.
+    pub(crate) fn new() -> Scribbler {
+        Scribbler { description: None, memory: Vec::new(), machine: None, threads: Vec::new() }
+    }
+
+    /// Builds a machine of its own and lets it run.
+    pub(crate) fn start(&mut self) -> Result<(), String> {
+        self.build(description()?)?;
+        self.resume()
+    }
+
+    /// How it plugs in.
+    pub(crate) fn options(&self, socket: &str, token: Token) -> ServeOptions {
+        let (id, name, state) = match &self.description {
+            Some(description) => (description.id, description.name.clone(), VmState::Running),
+            None => (VmId([0; 16]), String::new(), VmState::Waiting),
+        };
+        ServeOptions { socket: socket.into(), token, id, name, state, first_contact_time_max: Some(Duration::from_secs(10)) }
+    }
+
     /// Makes the memory and the threads, which do not scribble yet.
     fn build(&mut self, description: VmDescription) -> Result<(), String> {
         let map = description.memory.clone();
@@ -225,23 +243,15 @@ fn description() -> Result<VmDescription, String> {
 
 fn run() -> Result<Ended, String> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, token, role] = arguments.as_slice() else { return Err("usage: scribbler SOCKET TOKEN running|incoming".to_owned()) };
-    let token = u128::from_str_radix(token, 16).map_err(|error| format!("TOKEN: {error}"))?;
-    let mut vmm = Scribbler { description: None, memory: Vec::new(), machine: None, threads: Vec::new() };
-    let mut options = ServeOptions {
-        socket: socket.into(),
-        token: Token(token.to_be_bytes()),
-        id: VmId([0; 16]),
-        name: String::new(),
-        state: VmState::Waiting,
-        first_contact_time_max: Some(Duration::from_secs(10)),
+    let [socket, token, role] = arguments.as_slice() else {
+        return Err("usage: scribbler SOCKET TOKEN running|incoming".to_owned());
     };
+    let token = u128::from_str_radix(token, 16).map_err(|error| format!("TOKEN: {error}"))?;
+    let mut vmm = Scribbler::new();
     if role == "running" {
-        let description = description()?;
-        (options.id, options.name, options.state) = (description.id, description.name.clone(), VmState::Running);
-        vmm.build(description)?;
-        vmm.resume()?;
+        vmm.start()?;
     }
+    let options = vmm.options(socket, Token(token.to_be_bytes()));
     // Nothing stops this guest by itself, so nobody sends events.
     let (_sender, events) = events().map_err(|error| error.to_string())?;
     serve(&options, &mut vmm, &events).map_err(|error| error.to_string())

@@ -5,7 +5,9 @@ use crate::description::Machine;
 use crate::dirty::DirtyBitmap;
 use crate::error::PlugError;
 use crate::memory::{GuestMemory, HugePages, MemoryError};
-use crate::message::{self as wire, ANSWER, Answer, COMPLAINT, Header, Hello, Kind, Malformed, Request, Status, VERSION, VmStatus};
+use crate::message::{
+    self as wire, ANSWER, Answer, COMPLAINT, Header, Hello, Kind, Malformed, Request, Status, VERSION, VmStatus,
+};
 use crate::records;
 use crate::socket::{Received, Socket};
 use limosa_proto::bitmap::PageSet;

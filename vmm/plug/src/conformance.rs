@@ -94,7 +94,12 @@ impl Kit<'_> {
         let vm = described.description.clone();
         let memory = described.map(HugePages::Never).map_err(|error| error.to_string())?;
         ensure(vm.id == source.hello.id && vm.name == source.hello.name, || "Hello and Describe name different guests".into())?;
-        self.pass(format!("described: {} vCPUs, {} MiB in {} regions", vm.vcpus, vm.memory.bytes() >> 20, vm.memory.regions().len()));
+        self.pass(format!(
+            "described: {} vCPUs, {} MiB in {} regions",
+            vm.vcpus,
+            vm.memory.bytes() >> 20,
+            vm.memory.regions().len()
+        ));
         self.refusals_while_running(&source.plug, &vm)?;
         self.bad_messages(&source.plug)?;
         self.tracking(&source.plug, &memory)?;
@@ -116,9 +121,12 @@ impl Kit<'_> {
         let subject = self.connected()?;
         let state = if role == Role::Running { VmState::Running } else { VmState::Waiting };
         ensure(subject.hello.token == token, || "Hello does not bring the token that the VMM was started with".into())?;
-        ensure(subject.hello.state == state, || format!("Hello of a {role:?} VMM says \"{}\"", subject.hello.state.words()))?;
+        ensure(subject.hello.state == state, || {
+            format!("Hello of a VMM in the role {role:?} says \"{}\"", subject.hello.state.words())
+        })?;
         ensure(subject.hello.version_min <= VERSION, || "its version of the plug is newer than ours".into())?;
-        self.pass(format!("a {role:?} VMM says Hello with its token and state"));
+        let article = if role == Role::Running { "a VMM with a guest" } else { "an incoming VMM" };
+        self.pass(format!("{article} says Hello with its token and state"));
         Ok(subject)
     }
 
@@ -148,7 +156,12 @@ impl Kit<'_> {
 
     /// One datagram that may be anything; the answer must carry its request id, `expected` and words.
     fn bad(
-        &self, plug: &PlugConnection, what: &'static str, fds: &[BorrowedFd<'_>], expected: Status, make: impl Fn(u32) -> Vec<u8>,
+        &self,
+        plug: &PlugConnection,
+        what: &'static str,
+        fds: &[BorrowedFd<'_>],
+        expected: Status,
+        make: impl Fn(u32) -> Vec<u8>,
     ) -> Result<(), String> {
         let reply = fine(plug.exchange(what, |id| Ok(make(id)), fds, Duration::from_secs(10)))?;
         let words = wire::words_of(&reply.body);
@@ -164,7 +177,9 @@ impl Kit<'_> {
         let done = Status::Done;
         let malformed = Status::Malformed;
         self.bad(plug, "a request of an unknown kind", &[], Status::UnknownKind, |id| wire::emit(0x0fff, done, id, b"any"))?;
-        self.bad(plug, "an event sent to a VMM", &[], Status::UnknownKind, |id| wire::emit(Kind::GuestStopped as u16, done, id, &[]))?;
+        self.bad(plug, "an event sent to a VMM", &[], Status::UnknownKind, |id| {
+            wire::emit(Kind::GuestStopped as u16, done, id, &[])
+        })?;
         self.bad(plug, "a wrong magic", &[], malformed, |id| {
             let good = wire::emit(Kind::Status as u16, done, id, &[]);
             good.iter().enumerate().map(|(index, byte)| if index == 0 { !byte } else { *byte }).collect()
@@ -185,7 +200,9 @@ impl Kit<'_> {
         })?;
         let file = memfd::create("limosa-conformance", 16).map_err(|error| error.to_string())?;
         let fds = [file.as_fd(), file.as_fd()];
-        self.bad(plug, "descriptors that nobody asked for", &fds, malformed, |id| wire::emit(Kind::Status as u16, done, id, &[]))?;
+        self.bad(plug, "descriptors that nobody asked for", &fds, malformed, |id| {
+            wire::emit(Kind::Status as u16, done, id, &[])
+        })?;
         self.noise(plug)?;
         let status = fine(plug.status())?;
         ensure(status.state == VmState::Running, || format!("after bad messages the guest is {}", status.state.words()))?;
@@ -207,7 +224,9 @@ impl Kit<'_> {
                     seed as u8
                 })
                 .collect();
-            self.bad(plug, "a request with a random body", &[], Status::Malformed, |id| wire::emit(kind as u16, Status::Done, id, &body))?;
+            self.bad(plug, "a request with a random body", &[], Status::Malformed, |id| {
+                wire::emit(kind as u16, Status::Done, id, &body)
+            })?;
         }
         Ok(())
     }
@@ -221,10 +240,10 @@ impl Kit<'_> {
             let _ = fine(plug.fetch_dirty())?;
             let before = hashes(memory);
             fine(plug.resume())?;
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(50));
             // Bits may be fetched while the guest writes: what is taken then must not be lost with it.
             let mut dirty = fine(plug.fetch_dirty())?;
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(5));
             fine(plug.pause())?;
             dirty.union(&fine(plug.fetch_dirty())?);
             let written = differing(memory.memory_map(), &before, &hashes(memory));
@@ -233,7 +252,9 @@ impl Kit<'_> {
             let mut missed = written;
             missed.subtract(&dirty);
             let first = missed.runs().next();
-            ensure(missed.is_empty(), || format!("{} pages were written and not named as dirty, the first {first:?}", missed.count()))?;
+            ensure(missed.is_empty(), || {
+                format!("{} pages were written and not named as dirty, the first {first:?}", missed.count())
+            })?;
             fine(plug.resume())?;
             rounds += 1;
         }
@@ -253,11 +274,15 @@ impl Kit<'_> {
         self.pass(format!("a paused guest writes nothing (the pause took {} us)", took.as_micros()));
         drop(source);
         let again = self.connected()?;
-        ensure(again.hello.state == VmState::Paused, || format!("after the agent was lost the guest is {}", again.hello.state.words()))?;
+        ensure(again.hello.state == VmState::Paused, || {
+            format!("after the agent was lost the guest is {}", again.hello.state.words())
+        })?;
         std::thread::sleep(STILL_TIME);
         ensure(hashes(memory) == before, || "a paused guest ran when its agent was lost".into())?;
         let described = fine(again.plug.describe())?;
-        ensure(&described.description.memory == memory.memory_map(), || "memory has another shape after connecting again".into())?;
+        ensure(&described.description.memory == memory.memory_map(), || {
+            "memory has another shape after connecting again".into()
+        })?;
         fine(again.plug.resume())?;
         self.pass("a paused guest stays paused when the agent is lost; its VMM connects again and resumes when told");
         Ok(again)
@@ -302,7 +327,8 @@ impl Kit<'_> {
     }
 
     fn gone(&self, subject: &Subject, what: &str) -> Result<(), String> {
-        let lost = subject.events.recv_timeout(Duration::from_secs(15)).map_err(|_| format!("the VMM did not end after {what}"))?;
+        let lost =
+            subject.events.recv_timeout(Duration::from_secs(15)).map_err(|_| format!("the VMM did not end after {what}"))?;
         ensure(matches!(lost, PlugEvent::Lost { expected: true, .. }), || format!("after {what} came {lost:?}"))
     }
 
@@ -362,7 +388,10 @@ impl Kit<'_> {
         self.writes_on(&arrived, "after it was moved")?;
         refused(destination.plug.discard(), Status::WrongState, "Discard of a guest that runs")?;
         let (records, bytes) = (state.len(), state.iter().map(|record| record.bytes.len()).sum::<usize>());
-        self.pass(format!("moved with {records} records of {bytes} bytes; it runs on at the destination (resume took {} us)", took.as_micros()));
+        self.pass(format!(
+            "moved with {records} records of {bytes} bytes; it runs on at the destination (resume took {} us)",
+            took.as_micros()
+        ));
         fine(destination.plug.shutdown())?;
         self.gone(&destination, "Shutdown")?;
         self.pass("Release and Shutdown end the VMM");
@@ -382,9 +411,9 @@ fn hashes(memory: &GuestMemory) -> Vec<u64> {
     for page in regions(map).flat_map(|range| memory.data_extents(range)).flat_map(|run| run.first..run.end()) {
         memory.read(PageRange { first: page, count: 1 }, 0, &mut page_bytes);
         let (words, _) = page_bytes.as_chunks::<8>();
-        let hash = words.iter().fold(0, |hash: u64, word| {
-            (hash.rotate_left(5) ^ u64::from_le_bytes(*word)).wrapping_mul(0x517c_c1b7_2722_0a95)
-        });
+        let hash = words
+            .iter()
+            .fold(0, |hash: u64, word| (hash.rotate_left(5) ^ u64::from_le_bytes(*word)).wrapping_mul(0x517c_c1b7_2722_0a95));
         if let Some(place) = usize::try_from(page).ok().and_then(|index| all.get_mut(index)) {
             *place = hash;
         }

@@ -324,3 +324,153 @@ impl Pieces {
         header
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use limosa_proto::memory::{Gpa, Region};
+    use std::os::unix::net::UnixStream;
+
+    fn guest(pages: &[u64]) -> GuestMemory {
+        let region =
+            |(index, pages): (usize, &u64)| Region { gpa: Gpa((index as u64) << 32), bytes: pages * 4096, page_bytes: 4096 };
+        let map = MemoryMap::new(pages.iter().enumerate().map(region).collect()).unwrap();
+        // All regions in one memfd, behind each other, as some VMMs have them.
+        let fd = memfd::create("limosa-test", pages.iter().sum::<u64>() * 4096).unwrap();
+        let offset = |index| pages.iter().take(index).sum::<u64>() * 4096;
+        let fds = (0..pages.len()).map(|index| (fd.try_clone().unwrap(), offset(index)));
+        GuestMemory::map(map, fds.collect()).unwrap()
+    }
+
+    fn range(first: u64, count: u64) -> PageRange {
+        PageRange { first, count }
+    }
+
+    fn pattern(memory: &GuestMemory, pages: PageRange, seed: u8) {
+        for page in pages.first..pages.end() {
+            memory.write(range(page, 1), 0, &vec![(page as u8).wrapping_mul(31) ^ seed; 4096]);
+        }
+    }
+
+    fn page(memory: &GuestMemory, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; 4096];
+        memory.read(range(page, 1), 0, &mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn descriptors_that_do_not_fit_are_named() {
+        let map = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 8192, page_bytes: 4096 }]).unwrap();
+        let words = |fds| GuestMemory::map(map.clone(), fds).unwrap_err().to_string();
+        let fd = || memfd::create("limosa-test", 8192).unwrap();
+        assert_eq!(words(vec![]), "0 memfds came for 1 memory regions");
+        assert_eq!(words(vec![(fd(), 4096)]), "memory region 0: the memfd has 8192 bytes and 12288 are needed");
+        assert!(words(vec![(fd(), u64::MAX)]).contains("beyond every file"));
+        let odd = memfd::create("limosa-test", 16384).unwrap();
+        assert!(words(vec![(odd, 100)]).contains("multiples"));
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        assert_eq!(words(vec![(file.into(), 0)]), "memory region 0: the descriptor is no memfd");
+    }
+
+    /// Through a socket whose buffers are small, so that every call moves only a part.
+    #[test]
+    fn pages_cross_a_socket_in_any_pieces() {
+        let (from, to) = (guest(&[100, 70]), guest(&[100, 70]));
+        pattern(&from, range(0, 100), 1);
+        pattern(&from, range(128, 70), 2);
+        let runs = [range(1, 3), range(4, 90), range(99, 1), range(128, 1), range(130, 60)];
+        let total: u64 = runs.iter().map(|run| run.bytes()).sum();
+        let (source, destination) = UnixStream::pair().unwrap();
+        let (head, mut tail) = (*b"head of the frame", *b"the next frame's header");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut done, all) = (0, head.len() as u64 + total);
+                while done < all {
+                    done += from.gather(source.as_fd(), &head, &runs, done, done % 2 == 0).unwrap() as u64;
+                }
+                assert_eq!(from.gather(source.as_fd(), &head, &runs, done, false).unwrap(), 0);
+                from.gather(source.as_fd(), b"The Next Frame's Header", &[], 0, false).unwrap();
+            });
+            let mut start = [0; 17];
+            std::io::Read::read_exact(&mut &destination, &mut start).unwrap();
+            assert_eq!(start, head);
+            let (mut done, all) = (0, total + tail.len() as u64);
+            while done < all {
+                let moved = to.scatter(destination.as_fd(), &runs, done, &mut tail).unwrap();
+                assert!(moved > 0);
+                done += moved as u64;
+            }
+        });
+        assert_eq!(&tail, b"The Next Frame's Header");
+        for number in runs.iter().flat_map(|run| run.first..run.end()) {
+            assert_eq!(page(&from, number), page(&to, number), "page {number}");
+        }
+        assert!(to.is_zero(0) && to.is_zero(94) && to.is_zero(129) && to.is_zero(190));
+        drop(source);
+        assert_eq!(to.scatter(destination.as_fd(), &runs, 0, &mut tail).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_runs_than_one_call_takes() {
+        let from = guest(&[5000]);
+        pattern(&from, range(0, 5000), 9);
+        let to = guest(&[5000]);
+        let runs: Vec<PageRange> = (0..2500).map(|index| range(index * 2, 1)).collect();
+        let (source, destination) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut done = 0;
+                while done < 2500 * 4096 {
+                    done += from.gather(source.as_fd(), &[], &runs, done, false).unwrap() as u64;
+                }
+            });
+            let mut done = 0;
+            while done < 2500 * 4096 {
+                done += to.scatter(destination.as_fd(), &runs, done, &mut []).unwrap() as u64;
+            }
+        });
+        assert!((0..5000).all(|number| page(&to, number) == if number % 2 == 0 { page(&from, number) } else { vec![0; 4096] }));
+    }
+
+    #[test]
+    fn ranges_outside_the_memory_do_nothing() {
+        let memory = guest(&[10, 10]);
+        let (socket, _other) = UnixStream::pair().unwrap();
+        for outside in [range(9, 2), range(10, 1), range(74, 1), range(u64::MAX, 1), range(0, u64::MAX), range(0, 0)] {
+            assert!(memory.gather(socket.as_fd(), &[], &[outside], 0, false).is_err(), "{outside:?}");
+            assert!(memory.scatter(socket.as_fd(), &[outside], 0, &mut []).is_err(), "{outside:?}");
+            assert!(memory.populate(outside).is_err() && memory.data_extents(outside).is_empty());
+            memory.scan(outside, &mut |found, _| assert_eq!(found, range(0, 0), "never called"));
+            memory.zero(outside);
+        }
+    }
+
+    #[test]
+    fn scan_splits_into_runs() {
+        let memory = guest(&[20]);
+        for number in [3, 4, 9, 19] {
+            memory.write(range(number, 1), 4095, &[1]);
+        }
+        let mut found = Vec::new();
+        memory.scan(range(1, 19), &mut |run, zero| found.push((run.first, run.count, zero)));
+        assert_eq!(found, [(1, 2, true), (3, 2, false), (5, 4, true), (9, 1, false), (10, 9, true), (19, 1, false)]);
+    }
+
+    #[test]
+    fn untouched_pages_are_holes_until_they_are_populated() {
+        let memory = guest(&[64, 256]);
+        pattern(&memory, range(70, 3), 7);
+        pattern(&memory, range(300, 1), 7);
+        assert_eq!(memory.data_extents(range(64, 256)), [range(70, 3), range(300, 1)]);
+        assert_eq!(memory.data_extents(range(71, 100)), [range(71, 2)]);
+        assert_eq!(memory.data_extents(range(0, 64)), []);
+        memory.zero(range(64, 256));
+        assert!(memory.is_zero(70) && memory.is_zero(300));
+        assert_eq!(memory.data_extents(range(64, 256)).iter().map(|run| run.count).sum::<u64>(), 4);
+        pattern(&memory, range(71, 1), 7);
+        memory.populate(range(64, 16)).unwrap();
+        assert_eq!(memory.data_extents(range(64, 100)), [range(64, 16)]);
+        assert!(memory.is_zero(70) && !memory.is_zero(71));
+    }
+}

@@ -112,8 +112,19 @@ kinds! {
 impl Kind {
     /// Every request that an agent may send, by number.
     pub const REQUESTS: [Kind; 13] = [
-        Kind::Describe, Kind::Prepare, Kind::Track, Kind::FetchDirty, Kind::Pause, Kind::Save, Kind::Load, Kind::Resume,
-        Kind::Throttle, Kind::Release, Kind::Discard, Kind::Shutdown, Kind::Status,
+        Kind::Describe,
+        Kind::Prepare,
+        Kind::Track,
+        Kind::FetchDirty,
+        Kind::Pause,
+        Kind::Save,
+        Kind::Load,
+        Kind::Resume,
+        Kind::Throttle,
+        Kind::Release,
+        Kind::Discard,
+        Kind::Shutdown,
+        Kind::Status,
     ];
 }
 
@@ -219,7 +230,12 @@ pub fn emit(kind: u16, status: Status, request: u32, body: &[u8]) -> Vec<u8> {
 #[must_use]
 pub fn tidy_words(words: &str) -> String {
     let plain = words.chars().map(|c| if c.is_control() { ' ' } else { c });
-    plain.scan(0, |length, c| { *length += c.len_utf8(); (*length <= WORDS_BYTES_MAX).then_some(c) }).collect()
+    plain
+        .scan(0, |length, c| {
+            *length += c.len_utf8();
+            (*length <= WORDS_BYTES_MAX).then_some(c)
+        })
+        .collect()
 }
 
 /// What a VMM says it is for.

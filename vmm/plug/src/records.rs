@@ -96,7 +96,8 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let bytes = emit(&[record(1, b"ab"), record(0x203, b"")]).unwrap();
-        let expected = [1, 0, 2, 0, 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, b'a', b'b', 3, 2, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let expected =
+            [1, 0, 2, 0, 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, b'a', b'b', 3, 2, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         assert_eq!(bytes, expected);
         assert_eq!(parse(2, &bytes).unwrap(), [record(1, b"ab"), record(0x203, b"")]);
         assert!(parse(1, &bytes).unwrap_err().why.contains("too many"));

@@ -5,9 +5,7 @@
 //! in this process, so it is made an `OwnedFd` at once, each exactly one time.
 
 use crate::message::{DESCRIPTORS_MAX, MESSAGE_BYTES_MAX};
-use nix::sys::socket::{
-    self as sys, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sockopt,
-};
+use nix::sys::socket::{self as sys, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, sockopt};
 use nix::sys::time::TimeVal;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -90,13 +90,25 @@ mod tests {
         let table: Vec<String> = Kind::REQUESTS
             .iter()
             .map(|kind| {
-                let row: String = states.iter().map(|state| if permit(*kind, *state, true).is_ok() { '+' } else { '-' }).collect();
+                let row: String =
+                    states.iter().map(|state| if permit(*kind, *state, true).is_ok() { '+' } else { '-' }).collect();
                 format!("{} {row}", kind.words())
             })
             .collect();
         let expected = [
-            "Describe ++-++", "Prepare --+--", "Track ++---", "FetchDirty ++---", "Pause +----", "Save -+---", "Load ---+-",
-            "Resume -+--+", "Throttle ++---", "Release -+---", "Discard --+++", "Shutdown +++++", "Status +++++",
+            "Describe ++-++",
+            "Prepare --+--",
+            "Track ++---",
+            "FetchDirty ++---",
+            "Pause +----",
+            "Save -+---",
+            "Load ---+-",
+            "Resume -+--+",
+            "Throttle ++---",
+            "Release -+---",
+            "Discard --+++",
+            "Shutdown +++++",
+            "Status +++++",
         ];
         assert_eq!(table, expected);
         let words = permit(Kind::FetchDirty, VmState::Running, false);

@@ -3,11 +3,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 use limosa_plug::conformance::{Options, check};
-use limosa_plug::{PlugListener, Role, Token};
+use limosa_plug::{DirtyBitmap, Ended, PlugListener, Role, Token, Vmm, VmmDescription, VmmEvent, events, serve};
+use limosa_proto::record::Record;
+use limosa_proto::wire::message::VmDescription;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+#[path = "../examples/scribbler.rs"]
+#[allow(dead_code)]
+mod scribbler;
+use scribbler::Scribbler;
 
 /// Kills what a test started, also when it fails.
 #[derive(Default)]
@@ -40,7 +47,7 @@ fn socket_path() -> PathBuf {
 }
 
 /// Cargo builds examples beside the tests of the same crate.
-fn scribbler() -> PathBuf {
+fn program() -> PathBuf {
     let deps = std::env::current_exe().unwrap();
     deps.parent().unwrap().parent().unwrap().join("examples/scribbler")
 }
@@ -53,8 +60,8 @@ fn the_scribbler_conforms() {
     let mut launch = |role: Role, token: Token| {
         let hex: String = token.0.iter().map(|byte| format!("{byte:02x}")).collect();
         let role = if role == Role::Running { "running" } else { "incoming" };
-        let child = Command::new(scribbler()).arg(&path).arg(hex).arg(role).spawn();
-        children.0.push(child.map_err(|error| format!("{}: {error}", scribbler().display()))?);
+        let child = Command::new(program()).arg(&path).arg(hex).arg(role).spawn();
+        children.0.push(child.map_err(|error| format!("{}: {error}", program().display()))?);
         Ok(())
     };
     let passed = check(&listener, &mut launch, &Options::default()).unwrap_or_else(|words| panic!("{words}"));
@@ -65,4 +72,132 @@ fn the_scribbler_conforms() {
     assert!(children.reap().into_iter().all(|good| good), "a VMM was told to end and did not, or failed");
     drop(listener);
     assert!(!path.exists());
+}
+
+/// Rules that a VMM may break.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    ForgetsDirtyPages,
+    RunsOnWhenPaused,
+    LoadsAnything,
+    StaysEmpty,
+    RunsBeforeItIsTold,
+    ListsOtherRecords,
+}
+
+/// A scribbler that breaks one of them.
+struct Faulty {
+    inner: Scribbler,
+    fault: Fault,
+    fetches: u32,
+}
+
+impl Vmm for Faulty {
+    fn describe(&mut self) -> Result<VmmDescription, String> {
+        let mut described = self.inner.describe()?;
+        if self.fault == Fault::ListsOtherRecords {
+            described.description.records = vec![(9, 9)];
+        }
+        Ok(described)
+    }
+    fn prepare(&mut self, description: &VmDescription, bridges: &[(String, String)]) -> Result<VmmDescription, String> {
+        self.inner.prepare(description, bridges)
+    }
+    fn track(&mut self, on: bool) -> Result<(), String> {
+        self.inner.track(on)
+    }
+    fn fetch_dirty(&mut self, into: &DirtyBitmap) -> Result<(), String> {
+        self.inner.fetch_dirty(into)?;
+        self.fetches += 1;
+        if self.fault == Fault::ForgetsDirtyPages && self.fetches % 2 == 0 {
+            into.clear();
+        }
+        Ok(())
+    }
+    fn pause(&mut self) -> Result<(), String> {
+        if self.fault == Fault::RunsOnWhenPaused { Ok(()) } else { self.inner.pause() }
+    }
+    fn save(&mut self) -> Result<Vec<Record>, String> {
+        self.inner.save()
+    }
+    fn load(&mut self, state: Vec<Record>) -> Result<(), String> {
+        if self.fault == Fault::RunsBeforeItIsTold && state.len() == 1 && state[0].kind == 1 {
+            self.inner.load(state)?;
+            return self.inner.resume();
+        }
+        if self.fault == Fault::LoadsAnything { Ok(()) } else { self.inner.load(state) }
+    }
+    fn resume(&mut self) -> Result<(), String> {
+        if self.fault == Fault::StaysEmpty { Ok(()) } else { self.inner.resume() }
+    }
+    fn throttle(&mut self, percent: u8) -> Result<(), String> {
+        self.inner.throttle(percent)
+    }
+    fn release(&mut self) -> Result<(), String> {
+        self.inner.release()
+    }
+    fn discard(&mut self) -> Result<(), String> {
+        self.inner.discard()
+    }
+    fn shutdown(&mut self) -> Result<(), String> {
+        self.inner.shutdown()
+    }
+}
+
+/// Runs the kit against faulty scribblers on threads of this process.
+fn check_faulty(fault: Fault) -> Result<Vec<String>, String> {
+    let path = socket_path();
+    let listener = PlugListener::bind(&path).unwrap();
+    let (mut threads, mut senders) = (Vec::new(), Vec::new());
+    let mut launch = |role: Role, token: Token| {
+        let mut inner = Scribbler::new();
+        if role == Role::Running {
+            inner.start()?;
+        }
+        let options = inner.options(path.to_str().unwrap(), token);
+        let (sender, receiver) = events().unwrap();
+        senders.push(sender);
+        threads.push(std::thread::spawn(move || {
+            let mut vmm = Faulty { inner, fault, fetches: 0 };
+            let ended = serve(&options, &mut vmm, &receiver);
+            vmm.shutdown().unwrap();
+            ended
+        }));
+        Ok(())
+    };
+    let options = Options { write_time_max: Duration::from_millis(1500), lonely: false, ..Options::default() };
+    let result = check(&listener, &mut launch, &options);
+    senders.iter().for_each(|sender| sender.send(VmmEvent::Leave));
+    for thread in threads {
+        let ended = thread.join().unwrap().unwrap();
+        if result.is_ok() {
+            assert!(matches!(ended, Ended::Released | Ended::Shutdown), "{ended:?}");
+        }
+    }
+    result
+}
+
+#[test]
+fn a_vmm_that_breaks_a_rule_is_found_out() {
+    check_faulty(Fault::None).unwrap();
+    // One that runs on is caught by the first look that catches it in the act: at the dirty pages or at the pause.
+    let faults = [
+        (Fault::ForgetsDirtyPages, "were written and not named as dirty"),
+        (Fault::RunsOnWhenPaused, ""),
+        (Fault::LoadsAnything, "device state of an unknown kind"),
+        (Fault::StaysEmpty, "the guest wrote nothing"),
+        (Fault::RunsBeforeItIsTold, "the loaded guest ran before it was told to"),
+        (Fault::ListsOtherRecords, "is not among the kinds that Describe lists"),
+    ];
+    std::thread::scope(|scope| {
+        for (fault, expected) in faults {
+            scope.spawn(move || {
+                let words = check_faulty(fault).expect_err("a fault was not found");
+                let runs_on = fault == Fault::RunsOnWhenPaused
+                    && (words.contains("not named as dirty") || words.contains("memory changed while the guest was paused"));
+                assert!(runs_on || !expected.is_empty() && words.contains(expected), "{fault:?} was found out as: {words}");
+            });
+        }
+    });
 }

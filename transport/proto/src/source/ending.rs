@@ -80,7 +80,7 @@ impl Aborting {
         match event {
             SourceEvent::Journaled(_) => self.writing = false,
             SourceEvent::Resumed => self.resuming = false,
-            SourceEvent::HostFailed { task: HostTask::Journal(_), words } => {
+            SourceEvent::HostFailed { task: HostTask::Journal(JournalRecordKind::Aborted), words } => {
                 core.warn(format!("writing the abort into the journal failed: {words}"));
                 self.writing = false;
             }
@@ -182,12 +182,12 @@ impl GivingBack {
         match event {
             SourceEvent::Journaled(_) => self.resume(core),
             // The destination's word is durable and enough: after a restart it would be asked and say it again.
-            SourceEvent::HostFailed { task: HostTask::Journal(_), words } => {
+            SourceEvent::HostFailed { task: HostTask::Journal(JournalRecordKind::Aborted), words } => {
                 core.warn(format!("writing the abort into the journal failed: {words}"));
                 self.resume(core);
             }
-            SourceEvent::HostFailed { task, words } => {
-                core.warn(format!("{task} failed: {words}"));
+            SourceEvent::HostFailed { task: HostTask::Resume, words } => {
+                core.warn(format!("resuming the guest failed: {words}"));
                 core.deadline = Some(self.until.min(core.now.after(core.config.deadlines.retry)));
             }
             SourceEvent::Resumed if self.resuming => return self.end(core, true),
@@ -248,7 +248,7 @@ impl Committed {
             }
             SourceEvent::HostFailed { task, words } => {
                 core.warn(format!("{task} failed: {words}"));
-                if matches!(task, HostTask::Journal(_)) {
+                if task == HostTask::Journal(JournalRecordKind::Running) {
                     core.deadline = Some(self.until.min(core.now.after(core.config.deadlines.retry)));
                 }
             }

@@ -143,9 +143,7 @@ impl Rounds {
             return State::Precopy(self).fail(core, Code::Internal, words, Side::Source);
         }
         let took = core.now.since(core.round_since);
-        if core.round_done < self.round {
-            core.precopy.measure(sent.bytes_on_wire, took);
-        }
+        core.precopy.measure(sent.bytes_on_wire, took);
         core.progress.pages_remaining = 0;
         core.act(SourceAction::FetchDirty);
         core.patience(core.config.deadlines.host);
