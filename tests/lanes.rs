@@ -4,13 +4,12 @@
 use rig::{AgentConfig, Context, GuestSpec, Result, ensure, with_bare_lab, with_lab};
 
 fn back_and_forth(plaintext: bool) {
-    with_lab(AgentConfig::default(), |lab| {
+    with_lab(AgentConfig::default().migration("plaintext_lanes", true), |lab| {
         let guest = GuestSpec::new("web", 1).dirty("20M", "32M").memory("128M", "48M");
         lab.guest(&guest)?;
         for (turn, lanes) in ["1", "4", "16"].into_iter().enumerate() {
             let (from, to) = if turn % 2 == 0 { (&lab.a, &lab.b) } else { (&lab.b, &lab.a) };
-            let mut options = vec!["--lanes", lanes];
-            options.extend(plaintext.then_some("--plaintext"));
+            let options = ["--lanes", lanes, if plaintext { "--plaintext" } else { "--no-plaintext" }];
             let report = from.migrate_well("web", to, &options).with_context(|| format!("{lanes} lanes"))?;
             ensure!(report["encrypted"] == !plaintext, "{report}");
             ensure!(report["lanes"].as_u64() == lanes.parse().ok(), "{report}");
@@ -39,9 +38,12 @@ fn plaintext_refused(allowed_at_source: bool) {
         let guest = GuestSpec::new("web", 1);
         lab.guest(&guest)?;
         let output = lab.a.migrate("web", &lab.b, &["--plaintext"])?.expect_code(1)?;
-        ensure!(output.all().contains("plaintext"), "{output:?}");
+        ensure!(output.all().contains("plaintext-refused"), "{output:?}");
         ensure!(lab.b.vmms(None).is_empty(), "a VMM was started for a refused migration");
-        lab.unharmed(&guest)
+        lab.guest_is_on(&guest, &lab.a, &lab.b)?;
+        let report = lab.a.migrate_well("web", &lab.b, &["--no-plaintext"])?;
+        ensure!(report["encrypted"] == true, "{report}");
+        lab.guest_is_on(&guest, &lab.b, &lab.a)
     });
 }
 

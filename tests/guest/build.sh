@@ -11,16 +11,10 @@ cd "$tmp"
 CC=${CC:-gcc}
 cflags="-m32 -march=i686 -O2 -std=gnu11 -Wall -Wextra -Werror -ffreestanding -nostdlib -fno-pic -fno-pie -fno-stack-protector
  -fno-asynchronous-unwind-tables -fcf-protection=none -mno-sse -mno-mmx -mno-80387 -fno-strict-aliasing -fno-tree-loop-distribute-patterns"
-for c in "$here"/*.c; do
-    # shellcheck disable=SC2086
-    $CC $cflags -c "$c" -o "$(basename "$c" .c).o"
-done
-$CC -m32 -c "$here/start.S" -o start.o
-ld -m elf_i386 -nostdlib -z noexecstack --no-warn-rwx-segments -T "$here/guest.lds" -o guest.elf32 ./*.o
+# shellcheck disable=SC2086
+$CC $cflags -c "$here"/*.c "$here/start.S"
+ld -m elf_i386 -nostdlib -z noexecstack -z max-page-size=4096 --no-warn-rwx-segments -T "$here/guest.lds" -o guest.elf32 ./*.o
+# The code stays 32-bit: PVH enters there. The container is 64-bit, which is what linux-loader and Cloud Hypervisor accept.
+objcopy -I elf32-i386 -O elf64-x86-64 guest.elf32 limosa-guest.elf
 objcopy -O binary -j .text guest.elf32 guest.bin
-$CC -c "$here/elf.S" -o elf.wrap -I. 
-ld -m elf_x86_64 -nostdlib -z noexecstack -z max-page-size=4096 --no-warn-rwx-segments -T "$here/elf.lds" -o limosa-guest.elf elf.wrap
-$CC -m32 -c "$here/setup.S" -o setup.wrap -I.
-ld -m elf_i386 -nostdlib -Ttext 0 --oformat binary -o limosa-guest.bzimage setup.wrap
-# Renamed into place, so that a concurrent reader never sees half a file.
-mv limosa-guest.elf limosa-guest.bzimage "$out/"
+$CC -m32 -c "$here/bzimage.S" -o bzimage.wrap -I.

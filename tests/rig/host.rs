@@ -42,7 +42,7 @@ impl Default for AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
             networks: vec![("lan".into(), "br0".into())],
-            migration: BTreeMap::from([("plaintext_lanes".into(), "true".into())]),
+            migration: BTreeMap::new(),
             agent: BTreeMap::new(),
         }
     }
@@ -293,6 +293,12 @@ impl Host {
         let list = answer.as_array().or_else(|| answer.get("vms").and_then(Value::as_array));
         let list = list.with_context(|| format!("vm list: {answer}"))?;
         Ok(list.iter().filter_map(|vm| vm.get("name").and_then(Value::as_str)).map(str::to_owned).collect())
+    }
+
+    /// Waits until the agent knows a guest, or knows it no more.
+    pub fn wait_knows(&self, guest: &str, known: bool) -> Result<()> {
+        let what = format!("the agent of {} to {} {guest}", self.name, if known { "know" } else { "forget" });
+        wait_for(PATIENCE, &what, || Ok((self.guests()?.iter().any(|name| name == guest) == known).then_some(())))
     }
 
     /// The jobs that the agent knows.

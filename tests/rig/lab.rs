@@ -8,7 +8,7 @@ use crate::net::{GuestProbe, fdb_port};
 use crate::netns::{self, Netns, run};
 use crate::process::{self, wait_for};
 use crate::spec::GuestSpec;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use std::net::Ipv4Addr;
 
 /// The name of the switch's bridge in its namespace.
@@ -72,7 +72,7 @@ pub fn with_bare_lab(test: impl FnOnce(&mut Lab) -> Result<()>) {
         result.and(end)
     });
     if let Err(error) = result {
-        panic!("{error:?}");
+        panic!("{error:#}");
     }
 }
 
@@ -144,8 +144,8 @@ impl Lab {
     pub fn guest_is_on(&self, spec: &GuestSpec, host: &Host, other: &Host) -> Result<()> {
         host.guest_lives(&spec.name)?;
         self.wait_reachable(spec)?;
-        ensure!(host.guests()?.contains(&spec.name), "the agent of {} does not know {}", host.name, spec.name);
-        ensure!(!other.guests()?.contains(&spec.name), "the agent of {} still knows {}", other.name, spec.name);
+        host.wait_knows(&spec.name, true)?;
+        other.wait_knows(&spec.name, false)?;
         self.settled(host, 1)?;
         self.settled(other, 0)
     }

@@ -20,7 +20,7 @@ pub use lab::{Lab, with_bare_lab, with_lab};
 pub use skip::skip;
 pub use spec::GuestSpec;
 
-use std::path::PathBuf;
+use guest::GuestImages;
 use std::sync::OnceLock;
 
 /// The guest's images, built once per test process into the target folder.
@@ -29,20 +29,7 @@ pub fn guest_images() -> Result<GuestImages> {
     if let Some(images) = IMAGES.get() {
         return Ok(images.clone());
     }
-    let dir = process::target_dir()?.join("rig-guest");
-    std::fs::create_dir_all(&dir)?;
     let _lock = process::lock("rig-guest")?;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/guest/build.sh");
-    netns::run("sh", &[script, &dir.to_string_lossy()]).context("building the guest")?;
-    let images = GuestImages { elf: dir.join("limosa-guest.elf"), bzimage: dir.join("limosa-guest.bzimage") };
+    let images = guest::build(&process::target_dir()?.join("rig-guest"))?;
     Ok(IMAGES.get_or_init(|| images).clone())
-}
-
-/// Where the guest's images lie.
-#[derive(Debug, Clone)]
-pub struct GuestImages {
-    /// PVH ELF.
-    pub elf: PathBuf,
-    /// The same program as a bzImage.
-    pub bzimage: PathBuf,
 }

@@ -11,7 +11,9 @@ fn main() -> ExitCode {
     say(&format!("cargo::rerun-if-changed={}", guest.display()));
     match status {
         Ok(status) if status.success() && out.join("limosa-guest.elf").is_file() => ExitCode::SUCCESS,
-        Ok(status) => fail(&format!("tests/guest/build.sh ended with {status}; are gcc and binutils installed? `make setup` does it")),
+        Ok(status) => {
+            fail(&format!("tests/guest/build.sh ended with {status}; are gcc and binutils installed? `make setup` does it"))
+        }
         Err(error) => fail(&format!("sh cannot be run: {error}")),
     }
 }

@@ -15,7 +15,7 @@ use limosa_proto::wire::limits::LANES_MAX;
 use socket2::{SockRef, Socket};
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -165,14 +165,20 @@ impl TcpLink {
                 .collect(),
         };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        let mut not_allowed = None;
         for address in addresses {
             match self.stream_to(address, lane).await {
                 Ok(stream) => {
                     *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
                     return Ok(stream);
                 }
+                // The port accepted and closed before we even saw it open.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => not_allowed = Some(our_address(address)),
                 Err(error) => last = error,
             }
+        }
+        if let Some(address) = not_allowed {
+            return Err(ConnectError::NotAllowed { destination: destination(), address });
         }
         Err(ConnectError::Unreachable { destination: destination(), error: last })
     }
@@ -256,6 +262,16 @@ impl TcpLink {
         }
         Ok((Some(sealer), answer))
     }
+}
+
+/// The address that we have when we speak to `to`. Connecting a datagram socket sends nothing.
+fn our_address(to: SocketAddr) -> String {
+    let any: SocketAddr = if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let address = UdpSocket::bind(any).and_then(|socket| {
+        socket.connect(to)?;
+        socket.local_addr()
+    });
+    address.map_or_else(|_| "this host".to_owned(), |address| address.ip().to_string())
 }
 
 impl Link for TcpLink {

@@ -10,7 +10,7 @@ use crate::pages::Populate;
 use crate::receiving::ReceiveLanes;
 use crate::sending::Tag;
 use crate::sessions::{Arrival, Place};
-use crate::source::{LANE_GRACE, TICK, receive};
+use crate::source::{HOST_END_MAX, LANE_GRACE, TICK, receive};
 use crate::{Control, HostError};
 use limosa_proto::destination::Destination;
 use limosa_proto::error::Coded as _;
@@ -23,7 +23,7 @@ use limosa_proto::wire::message::{Hello, Message, Refusal, VmDescription};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant as Moment;
 
@@ -141,6 +141,12 @@ pub(crate) async fn run(
     for ending in driver.ending.drain(..) {
         let _ = ending.await;
     }
+    // What was asked of the host last, above all Discard, is done before the place is free again.
+    let (say, said) = oneshot::channel();
+    driver.host.call(HostTask::Discard, |_| Ok(()), |_: Called<()>| {
+        let _ = say.send(());
+    });
+    let _ = tokio::time::timeout(HOST_END_MAX, said).await;
     drop(driver);
     if let Some(done) = done {
         let _ = done.send(outcome);
@@ -298,6 +304,7 @@ impl Driver {
                     },
                     move |called| {
                         if let Err((task, words)) = called {
+                            tracing::warn!(%task, words, "the destination's host failed");
                             let _ = inner.send(Inner::Event(DestinationEvent::HostFailed { task, words }));
                         }
                     },

@@ -185,12 +185,14 @@ struct Lane<'a> {
     zero: Vec<PageRange>,
     head: Vec<u8>,
     counts: RoundCounts,
+    /// Bytes on the wire that were counted.
+    bytes: u64,
 }
 
 impl<'a> Lane<'a> {
     fn run(lane: Box<dyn LaneSender>, number: u16, shared: &'a Shared) {
         let counts = RoundCounts { round: 0, pages: 0, zero_pages: 0, bytes_on_wire: 0 };
-        let mut this = Lane { lane, shared, round: 0, data: Vec::new(), data_pages: 0, zero: Vec::new(), head: Vec::new(), counts };
+        let mut this = Lane { lane, shared, round: 0, data: Vec::new(), data_pages: 0, zero: Vec::new(), head: Vec::new(), counts, bytes: 0 };
         if let Err(error) = this.work() {
             if !shared.stop.load(Ordering::Relaxed) {
                 let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "sending pages", &error) });
@@ -269,6 +271,7 @@ impl<'a> Lane<'a> {
         self.flush_zero()?;
         self.frame(LaneFrameKind::Barrier, &[])?;
         self.lane.flush()?;
+        self.count_bytes();
         Ok(!shared.stop.load(Ordering::Relaxed))
     }
 
@@ -359,16 +362,21 @@ impl<'a> Lane<'a> {
         if !self.shared.cap.wait(self.head.len() as u64 + bytes, &self.shared.stop) {
             return Err(io::ErrorKind::Interrupted.into());
         }
-        let before = self.lane.bytes_on_wire();
         if kind == LaneFrameKind::Pages {
             self.lane.pages(&self.head, &*self.shared.pages, runs)?;
         } else {
             self.lane.head(&self.head)?;
         }
-        let sent = self.lane.bytes_on_wire() - before;
+        self.count_bytes();
+        Ok(())
+    }
+
+    fn count_bytes(&mut self) {
+        let all = self.lane.bytes_on_wire();
+        let sent = all - self.bytes;
+        self.bytes = all;
         self.counts.bytes_on_wire += sent;
         self.shared.counters.bytes_on_wire.fetch_add(sent, Ordering::Relaxed);
-        Ok(())
     }
 
     fn round_done(&mut self) {

@@ -30,8 +30,8 @@ use tokio::time::Instant as Moment;
 pub(crate) const LANE_GRACE: Duration = Duration::from_millis(250);
 /// How often progress of the lanes is told.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
-/// How long a host may take to say its CPU time before the report goes without it.
-const CPU_ANSWER_MAX: Duration = Duration::from_secs(1);
+/// How long a host may take to end what it was asked before the migration ends without it.
+pub(crate) const HOST_END_MAX: Duration = Duration::from_secs(10);
 
 /// What the driver waits for beside messages and lanes.
 enum Inner {
@@ -48,6 +48,8 @@ struct Driver {
     host: Hosted<Box<dyn SourceHost>>,
     pages: Arc<dyn Pages>,
     control: Option<Control>,
+    /// Whether Hello was sent: what comes before it waits until it can be an answer.
+    said: bool,
     /// Whether the destination ever said anything.
     heard: bool,
     lanes: Option<SendLanes>,
@@ -122,6 +124,7 @@ pub(crate) async fn run(
         host,
         pages,
         control,
+        said: false,
         heard: false,
         lanes: None,
         ending: Vec::new(),
@@ -159,7 +162,7 @@ impl Driver {
                 biased;
                 Some(inner) = inners.recv() => counted(&cpu_ns, || self.inner(inner)),
                 Some(event) = lanes.recv() => self.lane(event),
-                received = receive(&mut self.control) => counted(&cpu_ns, || self.message(received)),
+                received = receive(&mut self.control), if self.said => counted(&cpu_ns, || self.message(received)),
                 words = cancel.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.feed(SourceEvent::Cancel(words));
@@ -263,6 +266,7 @@ impl Driver {
 
     fn send(&mut self, message: &Message) {
         let Some(control) = &self.control else { return };
+        self.said = true;
         if let Err(error) = control.send(self.tag.migration, self.tag.generation, message) {
             // The engine hears of it as of any other loss, after what it is doing now.
             let _ = self.inner.send(Inner::Event(SourceEvent::LinkLost(error.to_string())));
@@ -321,6 +325,7 @@ impl Driver {
         let inner = self.inner.clone();
         self.host.call(task, call, move |called: Called<()>| {
             if let Err((task, words)) = called {
+                tracing::warn!(%task, words, "the source's host failed");
                 let _ = inner.send(Inner::Event(SourceEvent::HostFailed { task, words }));
             }
         });
@@ -407,7 +412,7 @@ impl Driver {
         self.host.call(HostTask::Release, |host| Ok(host.cpu_seconds()), |called| {
             let _ = say.send(called.unwrap_or_default());
         });
-        let host = tokio::time::timeout(CPU_ANSWER_MAX, said).await.ok().and_then(Result::ok).unwrap_or_default();
+        let host = tokio::time::timeout(HOST_END_MAX, said).await.ok().and_then(Result::ok).unwrap_or_default();
         let ours = self.cpu_ns.load(Ordering::Relaxed) + self.counters.cpu_ns.load(Ordering::Relaxed);
         let measured = Measured {
             link: self.link.capabilities().name.to_owned(),

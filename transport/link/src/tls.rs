@@ -316,9 +316,9 @@ async fn drive<S: AsyncRead + AsyncWrite + Unpin>(
         offered = offered.saturating_sub(used);
         match next {
             Err(error) => {
-                // rustls has queued the alert that tells the peer why.
-                for _ in 0..4 {
-                    let _ = step(&mut [], &mut outgoing);
+                // rustls has queued the alert that tells the peer why; it comes first.
+                if !matches!(error, rustls::Error::AlertReceived(_)) {
+                    let _ = step(incoming.get_mut(..offered).unwrap_or_default(), &mut outgoing);
                 }
                 let _ = stream.write_all(&outgoing).await;
                 let _ = stream.flush().await;

@@ -32,7 +32,7 @@ pub enum HostTask {
     Tracking,
     /// `FetchDirty`.
     FetchDirty,
-    /// `SendPages`, or receiving them.
+    /// `SendPages`, or receiving them; also a lane that was lost before it was done.
     Pages,
     /// `Pause`.
     Pause,
@@ -263,7 +263,8 @@ pub enum SourceEvent {
     Journaled(JournalRecordKind),
     /// The guest runs on here.
     Resumed,
-    /// The control channel or a lane was lost, in words.
+    /// The control channel was lost, in words. A lost lane is `HostFailed` of [`HostTask::Pages`], so that the peer can be
+    /// told why.
     LinkLost(String),
     /// The peer sent bytes that are no message, or lane frames that break the protocol; see [`crate::error::Coded`].
     PeerFault {
@@ -405,7 +406,8 @@ pub enum DestinationEvent {
         /// CPU time of agent and VMM for this migration, in microseconds.
         cpu_us: u64,
     },
-    /// The control channel or a lane was lost, in words.
+    /// The control channel was lost, in words. A lost lane is `HostFailed` of [`HostTask::Pages`], so that the peer can be
+    /// told why.
     LinkLost(String),
     /// The peer sent bytes that are no message, or lane frames that break the protocol; see [`crate::error::Coded`].
     PeerFault {

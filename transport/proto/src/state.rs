@@ -272,7 +272,7 @@ impl SourceInput {
         }
     }
 
-    fn from_peer(self) -> bool {
+    fn is_message(self) -> bool {
         self <= SourceInput::Strange || self == SourceInput::Verdict
     }
 }
@@ -313,7 +313,7 @@ impl DestinationInput {
         }
     }
 
-    fn from_peer(self) -> bool {
+    fn is_message(self) -> bool {
         self <= DestinationInput::Strange
     }
 }
@@ -379,7 +379,7 @@ pub const SOURCE_TABLE: &[(SourceState, SourceInput, &[SourceState])] = {
         (InDoubt, I::LinkLost, &[InDoubt]),
         (InDoubt, I::Deadline, &[InDoubt, Done]),
         (GivingBack, I::JournaledAborted, &[GivingBack]),
-        (GivingBack, I::Resumed, &[Done]),
+        (GivingBack, I::Resumed, &[GivingBack, Done]),
         (GivingBack, I::HostFailed, &[GivingBack]),
         (GivingBack, I::Deadline, &[GivingBack, Done]),
         (Committed, I::JournaledRunning, &[Committed, Done]),
@@ -417,6 +417,7 @@ pub const DESTINATION_TABLE: &[(DestinationState, DestinationInput, &[Destinatio
         (Ready, I::Commit, &[Resuming]),
         (Ready, I::VerdictAsk, &[Resuming, Discarding]),
         (Ready, I::LinkLost, &[Ready]),
+        (Ready, I::HostFailed, &[Ready, Discarding]),
         (Resuming, I::Resumed, &[Running]),
         (Resuming, I::VerdictAsk, &[Resuming]),
         (Resuming, I::LinkLost, &[Resuming]),
@@ -451,13 +452,15 @@ pub fn source_rule(state: SourceState, input: SourceInput) -> Rule<SourceState> 
     if state.is_revocable() {
         return match input {
             I::Abort | I::Deadline | I::LinkLost | I::PeerFault | I::HostFailed | I::Cancel => Rule::Next(&[S::Aborting]),
-            _ if input.from_peer() => Rule::Violation(&[S::Aborting]),
+            // Told by the lanes at their own pace, so it may come late.
+            I::Moving => Rule::Ignored,
+            _ if input.is_message() => Rule::Violation(&[S::Aborting]),
             _ => Rule::Misuse(&[S::Aborting]),
         };
     }
     match state {
-        S::Releasing if input.from_peer() && input != I::RoundDone => Rule::Violation(&[S::Releasing]),
-        S::Committing if input.from_peer() && input != I::RoundDone => Rule::Violation(&[S::InDoubt]),
+        S::Releasing if input.is_message() && input != I::RoundDone => Rule::Violation(&[S::Releasing]),
+        S::Committing if input.is_message() && input != I::RoundDone => Rule::Violation(&[S::InDoubt]),
         _ => Rule::Ignored,
     }
 }
@@ -480,7 +483,9 @@ pub fn destination_rule(state: DestinationState, input: DestinationInput) -> Rul
         I::VerdictAsk if state == S::Listening => Rule::Violation(end),
         I::VerdictAsk => Rule::Next(&[S::Discarding]),
         I::Abort | I::Deadline | I::LinkLost | I::PeerFault | I::HostFailed | I::Cancel => Rule::Next(end),
-        _ if input.from_peer() => Rule::Violation(end),
+        // Told by the lanes at their own pace, so it may come late.
+        I::Arriving => Rule::Ignored,
+        _ if input.is_message() => Rule::Violation(end),
         _ => Rule::Misuse(end),
     }
 }

@@ -59,7 +59,9 @@ impl Agent {
     pub(crate) fn write(&self, record: &JournalRecord) -> Result<(), JournalError> {
         let written = self.journal().append(record);
         match &written {
-            Ok(()) => tracing::info!(kind = ?record.kind, migration = %record.migration, generation = record.generation.0, vm = %record.vm, "journal"),
+            Ok(()) => {
+                tracing::info!(kind = ?record.kind, migration = %record.migration, generation = record.generation.0, vm = %record.vm, "journal")
+            }
             Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
         }
         written

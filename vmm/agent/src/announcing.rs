@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// The NICs of `vm` as they are on this host.
 #[must_use]
-pub fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
+pub(crate) fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
     let mut nics = Vec::new();
     for (index, nic) in vm.nics.iter().enumerate() {
         let Some(network) = config.network(&nic.network) else { continue };
@@ -33,7 +33,7 @@ pub fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
 
 /// What was sent, one line per frame, for reports.
 #[must_use]
-pub fn words(sent: &Sent) -> Vec<String> {
+pub(crate) fn words(sent: &Sent) -> Vec<String> {
     let mut words = Vec::new();
     let after = sent.after.as_millis();
     for frame in &sent.frames {
@@ -45,7 +45,7 @@ pub fn words(sent: &Sent) -> Vec<String> {
 
 /// A schedule of announcements at work on a thread of its own.
 #[derive(Debug)]
-pub struct Announcing {
+pub(crate) struct Announcing {
     lines: mpsc::Receiver<Vec<String>>,
     nics: usize,
 }
@@ -54,7 +54,7 @@ pub struct Announcing {
 ///
 /// # Errors
 /// The announcer cannot be opened, or the thread not be started: in words.
-pub fn begin(
+pub(crate) fn begin(
     nics: Vec<Nic>,
     gaps: &[Duration],
     cancel: Arc<AtomicBool>,
@@ -80,7 +80,7 @@ pub fn begin(
 impl Announcing {
     /// Waits for the first round of every NIC.
     #[must_use]
-    pub fn first_round(self) -> Vec<String> {
+    pub(crate) fn first_round(self) -> Vec<String> {
         let mut all = Vec::new();
         for _ in 0..self.nics {
             match self.lines.recv_timeout(Duration::from_secs(2)) {

@@ -267,6 +267,9 @@ pub struct JobInfo {
     pub progress: Option<JobProgress>,
     /// What it came to.
     pub report: Option<Report>,
+    /// What left on which interface when the guest had come; incoming jobs only.
+    #[serde(default)]
+    pub announcements: Vec<String>,
     /// Why it ended so, in words.
     pub words: String,
     /// A word for machines when it did not succeed: "not-allowed", "no-room" and so on.

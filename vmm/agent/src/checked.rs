@@ -141,12 +141,7 @@ impl<'a, 't> Section<'a, 't> {
         self.problems.add(&span, format!("{} {words}", self.path(key)), wants);
     }
 
-    fn typed<T>(
-        &mut self,
-        key: &'static str,
-        wants: &str,
-        read: impl FnOnce(&DeValue<'t>) -> Option<T>,
-    ) -> Option<T> {
+    fn typed<T>(&mut self, key: &'static str, wants: &str, read: impl FnOnce(&DeValue<'t>) -> Option<T>) -> Option<T> {
         let value = self.value(key)?.get_ref();
         let found = read(value);
         if found.is_none() {
@@ -213,17 +208,18 @@ impl<'a, 't> Section<'a, 't> {
             self.problem(key, format_args!("is {}", shown(value.get_ref())), format!("it should be a list, each {wants}"));
             return None;
         };
-        let mut all = Vec::new();
+        let (mut all, mut good) = (Vec::new(), true);
         for item in list.iter() {
             match item.get_ref().as_str().and_then(|text| text.parse().ok()) {
                 Some(parsed) => all.push(parsed),
                 None => {
                     let words = format!("{} has {}", self.path(key), shown(item.get_ref()));
                     self.problems.add(&item.span(), words, format!("it should be {wants}"));
+                    good = false;
                 }
             }
         }
-        Some(all)
+        good.then_some(all)
     }
 
     /// The table under `key`; an empty one if it is absent.
@@ -248,7 +244,8 @@ impl<'a, 't> Section<'a, 't> {
             self.problem(key, format_args!("is {}", shown(value.get_ref())), format!("it should be tables: [[{name}]]"));
             return Vec::new();
         };
-        let section = |(table, span)| Section { name: name.clone(), table, span, known: BTreeSet::new(), problems: self.problems };
+        let section =
+            |(table, span)| Section { name: name.clone(), table, span, known: BTreeSet::new(), problems: self.problems };
         tables.into_iter().map(section).collect()
     }
 

@@ -229,7 +229,10 @@ impl Config {
                     self.warnings.extend(warnings);
                     good.push(peer.clone());
                 }
-                Err(error) => section.problem("peers", format_args!("has {peer:?}: {error}"), "it should be an address range such as \"10.0.0.0/24\""),
+                Err(_) => {
+                    let wants = "it should be an address or ADDRESS/PREFIX, such as \"10.0.0.0/24\" or \"fd00::/64\"";
+                    section.problem("peers", format_args!("has {peer:?}"), wants);
+                }
             }
         }
         if let Ok((allow, _)) = AllowList::new(&good) {
@@ -257,7 +260,11 @@ impl Config {
                 section.problem("name", format_args!("is {name:?}"), NAME_WANTS);
             }
             if let Some(twice) = name.as_ref().filter(|name| self.network(name).is_some()) {
-                section.problem("name", format_args!("is {twice:?} for the second time"), "each network should have a name of its own");
+                section.problem(
+                    "name",
+                    format_args!("is {twice:?} for the second time"),
+                    "each network should have a name of its own",
+                );
             }
             section.close();
             if let (Some(name), Some(bridge)) = (name, bridge) {
@@ -325,7 +332,7 @@ fn interface_name(name: &str) -> bool {
 }
 
 fn host_name() -> String {
-    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().map(|name| name.trim().to_string());
     name.filter(|name| plain_name(name)).unwrap_or_else(|| "this-host".into())
 }
 
@@ -374,7 +381,8 @@ mod tests {
     fn rules_between_keys_hold() {
         let error = parse("[migration]\ndowntime_target_ms = 5000\n").unwrap_err().to_string();
         assert!(error.contains("downtime_max_ms is less than downtime_target_ms"), "{error}");
-        let error = parse("[[network]]\nname=\"a\"\nbridge=\"b\"\n[[network]]\nname=\"a\"\nbridge=\"this-is-far-too-long\"\n").unwrap_err();
+        let error = parse("[[network]]\nname=\"a\"\nbridge=\"b\"\n[[network]]\nname=\"a\"\nbridge=\"this-is-far-too-long\"\n")
+            .unwrap_err();
         assert_eq!(error.problems.len(), 2, "{error}");
     }
 

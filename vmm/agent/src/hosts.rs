@@ -211,7 +211,8 @@ fn with_port(address: &str) -> Option<String> {
         None => Some(format!("{address}:{DEFAULT_PORT}")),
         Some((host, port)) => {
             let whole = !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0);
-            (whole && (address.parse::<std::net::SocketAddr>().is_ok() || !host.contains([':', '[', ']']))).then(|| address.to_string())
+            (whole && (address.parse::<std::net::SocketAddr>().is_ok() || !host.contains([':', '[', ']'])))
+                .then(|| address.to_string())
         }
     }
 }
@@ -261,7 +262,9 @@ mod tests {
 
     #[test]
     fn addresses_get_a_port() {
-        for (given, whole) in [("fd00::2", "[fd00::2]:13560"), ("[fd00::2]:5", "[fd00::2]:5"), ("beta", "beta:13560"), ("beta:7", "beta:7")] {
+        for (given, whole) in
+            [("fd00::2", "[fd00::2]:13560"), ("[fd00::2]:5", "[fd00::2]:5"), ("beta", "beta:13560"), ("beta:7", "beta:7")]
+        {
             assert_eq!(with_port(given).as_deref(), Some(whole));
         }
         assert_eq!([with_port(""), with_port("a:b:c"), with_port(":5")], [None, None, None]);

@@ -224,6 +224,7 @@ mod tests {
             ended_unix_ms: None,
             progress: None,
             report: None,
+            announcements: Vec::new(),
             words: String::new(),
             code: None,
         }

@@ -6,7 +6,7 @@ use limosa_proto::commit::{self, JournalRecord, JournalRecordKind};
 use limosa_proto::identity::{Generation, MigrationId, VmId};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -219,26 +219,23 @@ impl Journal {
     }
 }
 
-/// What has to survive: attempts without an end whole, the ends of the last settled ones, the highest generation of each VM.
+/// What has to survive: attempts without an end, the last settled ones, the highest generation of each VM.
 fn compacted(records: &[JournalRecord]) -> Vec<JournalRecord> {
-    let ended: HashSet<_> = records.iter().filter(|r| settles(r.kind)).map(|r| (r.migration, r.generation)).collect();
-    let mut highest: BTreeMap<VmId, usize> = BTreeMap::new();
-    let mut keep: BTreeSet<usize> = BTreeSet::new();
-    let mut settled = 0;
-    for (index, record) in records.iter().enumerate().rev() {
-        let generation_at = |index: &usize| records.get(*index).map_or(0, |record: &JournalRecord| record.generation.0);
-        if highest.get(&record.vm).is_none_or(|best| generation_at(best) < record.generation.0) {
-            highest.insert(record.vm, index);
+    let key = |record: &JournalRecord| (record.migration, record.generation);
+    let ended: HashSet<_> = records.iter().filter(|record| settles(record.kind)).map(key).collect();
+    let mut late: HashSet<_> = HashSet::new();
+    let mut highest: BTreeMap<VmId, Generation> = BTreeMap::new();
+    for record in records.iter().rev() {
+        if late.len() < SETTLED_KEPT && ended.contains(&key(record)) {
+            late.insert(key(record));
         }
-        if !ended.contains(&(record.migration, record.generation)) {
-            keep.insert(index);
-        } else if settles(record.kind) && settled < SETTLED_KEPT {
-            settled += 1;
-            keep.insert(index);
-        }
+        let best = highest.entry(record.vm).or_insert(record.generation);
+        *best = record.generation.max(*best);
     }
-    keep.extend(highest.into_values());
-    keep.into_iter().filter_map(|index| records.get(index).cloned()).collect()
+    let matters = |record: &&JournalRecord| {
+        !ended.contains(&key(record)) || late.contains(&key(record)) || highest.get(&record.vm) == Some(&record.generation)
+    };
+    records.iter().filter(matters).cloned().collect()
 }
 
 impl Line {
@@ -412,15 +409,18 @@ mod tests {
 
     #[test]
     fn a_rewrite_keeps_what_matters() {
-        let mut records = Vec::new();
-        for number in 0..20 {
-            records.push(record(JournalRecordKind::Started, number, u64::from(number)));
-            records.push(record(JournalRecordKind::Aborted, number, u64::from(number)));
+        let mut records = vec![JournalRecord { vm: VmId([8; 16]), ..record(JournalRecordKind::Started, 0, 9) }];
+        records.push(JournalRecord { vm: VmId([8; 16]), ..record(JournalRecordKind::Aborted, 0, 9) });
+        records.push(record(JournalRecordKind::Started, 100, 1));
+        records.push(record(JournalRecordKind::Released, 100, 1));
+        for number in 0..SETTLED_KEPT as u64 + 20 {
+            records.push(record(JournalRecordKind::Started, 1, number + 2));
+            records.push(record(JournalRecordKind::Aborted, 1, number + 2));
         }
-        records.push(record(JournalRecordKind::Started, 100, 50));
-        records.push(record(JournalRecordKind::Released, 100, 50));
         let kept = compacted(&records);
-        assert_eq!(kept.len(), 22);
+        // The other VM's highest generation, the open attempt, and the last settled ones with all their records.
+        assert_eq!(kept.len(), 2 + 2 + 2 * SETTLED_KEPT);
         assert_eq!(kept.iter().filter(|r| r.migration == MigrationId([100; 16])).count(), 2);
+        assert_eq!(commit::next_generation(&kept, VmId([8; 16])), Generation(10));
     }
 }

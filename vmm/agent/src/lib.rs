@@ -1,1 +1,29 @@
-//! The agent: sessions, journal, jobs, API.
+//! The agent of a host: it owns the network side of live migration, and everything that must be remembered.
+//!
+//! [`run`] is the process; [`api`] is how commands talk to it, shared by both ends. Guests are run by VMMs that plug in
+//! ([`limosa_plug`]); pages go over [`limosa_link`]; what two hosts say to each other is decided in [`limosa_proto`].
+//!
+//! It has no KVM and no unsafe code.
+#![forbid(unsafe_code)]
+
+mod actions;
+mod agent;
+mod announcing;
+pub mod api;
+pub mod checked;
+pub mod config;
+pub mod hosts;
+mod incoming;
+pub mod jobs;
+pub mod journal;
+mod outgoing;
+mod pages;
+pub mod process;
+mod run;
+mod serve;
+mod settle;
+mod vm;
+pub mod vm_config;
+mod vms;
+
+pub use run::run;

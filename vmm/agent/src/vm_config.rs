@@ -136,7 +136,19 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
     }
     let nics = read_nics(root.sections("nic"));
     root.close();
-    Some(VmConfig { name: name?, memory: memory?, huge_pages, thp, populate, vcpus, kernel: kernel?, initramfs, cmdline, serial, nics })
+    Some(VmConfig {
+        name: name?,
+        memory: memory?,
+        huge_pages,
+        thp,
+        populate,
+        vcpus,
+        kernel: kernel?,
+        initramfs,
+        cmdline,
+        serial,
+        nics,
+    })
 }
 
 fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
@@ -218,7 +230,14 @@ mod tests {
     fn problems_are_named() {
         let text = "name = \"../x\"\nmemory = \"3\"\ncpus = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n";
         let error = VmConfig::parse(Path::new("v.toml"), text).unwrap_err().to_string();
-        for part in ["v.toml:1: name is", "v.toml:2: memory is 3 bytes", "v.toml:3: unknown key \"cpus\"; did you mean \"vcpus\"?", "v.toml:5: nic.mac is", "nic.network is missing", "kernel is missing"] {
+        for part in [
+            "v.toml:1: name is",
+            "v.toml:2: memory is 3 bytes",
+            "v.toml:3: unknown key \"cpus\"; did you mean \"vcpus\"?",
+            "v.toml:5: nic.mac is",
+            "nic.network is missing",
+            "kernel is missing",
+        ] {
             assert!(error.contains(part), "{part}\nis not in\n{error}");
         }
     }

@@ -83,7 +83,8 @@ impl Vms {
 
     pub(crate) fn named(&self, name: &str) -> Result<Arc<Vm>, ApiError> {
         let found = self.lock().guests.iter().find(|vm| vm.name == name).cloned();
-        found.ok_or_else(|| ApiError::refused("no-vm", format!("no guest is called \"{name}\" here; `limosa vm list` shows them")))
+        found
+            .ok_or_else(|| ApiError::refused("no-vm", format!("no guest is called \"{name}\" here; `limosa vm list` shows them")))
     }
 
     pub(crate) fn with_id(&self, id: VmId) -> Option<Arc<Vm>> {
@@ -105,7 +106,9 @@ impl Vms {
         let vm = self.named(name)?;
         match vm.state() {
             VmState::Running => vm.claim(purpose).map_err(|words| ApiError::refused("busy", words)),
-            VmState::Paused => Err(ApiError::refused("paused", format!("{name} is paused and in doubt; `limosa jobs` shows why"))),
+            VmState::Paused => {
+                Err(ApiError::refused("paused", format!("{name} is paused and in doubt; `limosa jobs` shows why")))
+            }
             VmState::Incoming => Err(ApiError::refused("busy", format!("{name} is still coming in"))),
             VmState::Gone => Err(ApiError::refused("gone", format!("{name}'s VMM has just ended"))),
         }
@@ -134,7 +137,12 @@ impl Vms {
         for nic in &config.nics {
             if agent.config.network(&nic.network).is_none() {
                 let known: Vec<&str> = agent.config.networks.iter().map(|network| network.name.as_str()).collect();
-                let words = format!("{}: network \"{}\" is not known on this host; known: {}", config.name, nic.network, known.join(", "));
+                let words = format!(
+                    "{}: network \"{}\" is not known on this host; known: {}",
+                    config.name,
+                    nic.network,
+                    known.join(", ")
+                );
                 return Err(ApiError::refused("network-missing", words));
             }
         }
@@ -142,7 +150,8 @@ impl Vms {
         for (network, bridge) in agent.config.bridges() {
             arguments.extend(["--bridge".into(), format!("{network}={bridge}")]);
         }
-        let (process, arrived) = self.launch(agent, &config.name, arguments, START_MAX).map_err(|words| ApiError::refused("vmm-failed", words))?;
+        let (process, arrived) =
+            self.launch(agent, &config.name, arguments, START_MAX).map_err(|words| ApiError::refused("vmm-failed", words))?;
         let vm = Vm::new(arrived.hello.id, config.name.clone(), VmState::Running);
         vm.set_process(process);
         vm.plug(Arc::clone(&arrived.connection), arrived.serial);
@@ -165,7 +174,13 @@ impl Vms {
     }
 
     /// Starts a VMM and waits until it has plugged in; on failure it is ended, and its last words are the error's.
-    pub(crate) fn launch(&self, agent: &Agent, name: &str, mut arguments: Vec<String>, patience: Duration) -> Result<(Process, Arrived), String> {
+    pub(crate) fn launch(
+        &self,
+        agent: &Agent,
+        name: &str,
+        mut arguments: Vec<String>,
+        patience: Duration,
+    ) -> Result<(Process, Arrived), String> {
         let mut token = [0; 16];
         ring::rand::SystemRandom::new().fill(&mut token).map_err(|_| "the system gives no random numbers")?;
         arguments.extend(["--plug".into(), agent.config.plug_socket().display().to_string()]);

@@ -229,7 +229,8 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 
 fn parse_bridge(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').filter(|(network, bridge)| !network.is_empty() && !bridge.is_empty());
-    pair.map(|(network, bridge)| (network.into(), bridge.into())).ok_or_else(|| "NETWORK=BRIDGE is needed, such as lan=br0".into())
+    pair.map(|(network, bridge)| (network.into(), bridge.into()))
+        .ok_or_else(|| "NETWORK=BRIDGE is needed, such as lan=br0".into())
 }
 
 #[cfg(test)]
@@ -270,7 +271,9 @@ mod tests {
         assert_eq!((args.vm.as_str(), args.to.as_str(), args.lanes, args.plaintext), ("web", "beta", Some(4), true));
         assert_eq!((args.downtime, args.downtime_max), (Some(Duration::from_millis(50)), Some(Duration::from_secs(2))));
         assert_eq!(args.bandwidth, Some(500 << 20));
-        let Command::Migrate(args) = parse("migrate web --to beta --plaintext --no-plaintext").unwrap().command else { unreachable!() };
+        let Command::Migrate(args) = parse("migrate web --to beta --plaintext --no-plaintext").unwrap().command else {
+            unreachable!()
+        };
         assert!(!args.plaintext && args.no_plaintext);
     }
 

@@ -73,7 +73,8 @@ impl Progress {
         let on_terminal = std::io::stderr().is_terminal() && !quiet;
         let bar = on_terminal.then(|| {
             let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(10));
-            let style = ProgressStyle::with_template("{spinner} {prefix:<24} [{bar:30}] {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template("{spinner} {prefix:<24} [{bar:30}] {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar.enable_steady_tick(Duration::from_millis(100));
             bar

@@ -130,6 +130,7 @@ impl Tap {
         let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFMTU as _, &raw mut ifreq) };
         step(result, name, "setting the MTU", "")?;
         if let Some(bridge) = bridge {
+            self.raise_address(control)?;
             let mut index = request(name)?;
             // SAFETY: an open socket and a complete ifreq, which the kernel fills.
             let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCGIFINDEX as _, &raw mut index) };
@@ -151,6 +152,26 @@ impl Tap {
         // SAFETY: an open socket and a complete ifreq.
         let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut ifreq) };
         step(result, name, "setting it up", "")
+    }
+
+    /// Gives the interface (not the guest) an address that begins with fe. A bridge without an address of its own takes the
+    /// lowest of its ports: if that were ours, the host's address would change when a guest comes or goes, and its
+    /// neighbours would not find the host until they ask anew.
+    fn raise_address(&self, control: &OwnedFd) -> Result<(), TapError> {
+        let name = &self.name;
+        let mut ifreq = request(name)?;
+        // SAFETY: an open socket and a complete ifreq, which the kernel fills.
+        let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut ifreq) };
+        step(result, name, "asking for the address", "")?;
+        // SAFETY: SIOCGIFHWADDR filled this arm.
+        let mut address = unsafe { ifreq.ifr_ifru.ifru_hwaddr };
+        if let Some(first) = address.sa_data.first_mut() {
+            *first = 0xfe_u8 as libc::c_char;
+        }
+        ifreq.ifr_ifru.ifru_hwaddr = address;
+        // SAFETY: an open socket and a complete ifreq.
+        let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFHWADDR as _, &raw mut ifreq) };
+        step(result, name, "setting the address", "")
     }
 
     /// The interface's name.

@@ -145,8 +145,8 @@ impl Scribbler {
         if let Some(machine) = &self.machine {
             machine.ended.store(true, Ordering::Release);
         }
-        let joined = self.threads.drain(..).map(std::thread::JoinHandle::join);
-        joined.fold(Ok(()), |all, one| one.map_or_else(|_| Err("a thread panicked".to_owned()), |()| all))
+        let panicked = self.threads.drain(..).filter_map(|thread| thread.join().err()).count();
+        if panicked == 0 { Ok(()) } else { Err(format!("{panicked} threads panicked")) }
     }
 }
 

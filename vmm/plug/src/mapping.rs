@@ -105,7 +105,7 @@ impl Mapping {
     pub(crate) fn is_zero(&self, offset: u64, length: u64) -> bool {
         let Some(start) = self.at(offset, length) else { return false };
         let length = length as usize;
-        if length % SCAN_BYTES != 0 {
+        if !length.is_multiple_of(SCAN_BYTES) {
             return false;
         }
         #[cfg(target_arch = "x86_64")]

@@ -228,6 +228,8 @@ struct Outcome {
 }
 
 type Refusal = (Status, String);
+/// A datagram, the descriptors that go along, and whether the VMM ends after it.
+type Sent = (Vec<u8>, Vec<OwnedFd>, Option<Ended>);
 
 impl From<Answer> for Outcome {
     fn from(answer: Answer) -> Outcome {
@@ -462,7 +464,7 @@ fn last(ended: Ended) -> Outcome {
 }
 
 /// A good answer as a datagram. Only requests with a known kind have one.
-fn emit_outcome(outcome: Outcome, kind: u16, request: u32) -> Result<(Vec<u8>, Vec<OwnedFd>, Option<Ended>), Refusal> {
+fn emit_outcome(outcome: Outcome, kind: u16, request: u32) -> Result<Sent, Refusal> {
     let kind = Kind::from_number(kind & !ANSWER).ok_or_else(|| failed("no kind".to_owned()))?;
     let datagram = outcome.answer.emit(kind, request).map_err(|error| failed(error.to_string()))?;
     Ok((datagram, outcome.fds, outcome.ended))

@@ -3,13 +3,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 use limosa_plug::conformance::{Options, check};
-use limosa_plug::{DirtyBitmap, Ended, PlugListener, Role, Token, Vmm, VmmDescription, VmmEvent, events, serve};
+use limosa_plug::{DirtyBitmap, Ended, PlugError, PlugListener, Role, Token, Vmm, VmmDescription, VmmEvent, events, serve};
 use limosa_proto::record::Record;
 use limosa_proto::wire::message::VmDescription;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+#[path = "../../../tests/rig/skip.rs"]
+mod skip;
 
 #[path = "../examples/scribbler.rs"]
 #[allow(dead_code)]
@@ -110,7 +115,7 @@ impl Vmm for Faulty {
     fn fetch_dirty(&mut self, into: &DirtyBitmap) -> Result<(), String> {
         self.inner.fetch_dirty(into)?;
         self.fetches += 1;
-        if self.fault == Fault::ForgetsDirtyPages && self.fetches % 2 == 0 {
+        if self.fault == Fault::ForgetsDirtyPages && self.fetches.is_multiple_of(2) {
             into.clear();
         }
         Ok(())
@@ -200,4 +205,25 @@ fn a_vmm_that_breaks_a_rule_is_found_out() {
             });
         }
     });
+}
+
+/// Needs root, to become somebody else.
+#[test]
+fn another_user_is_not_let_in() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip::skip("becoming another user needs root");
+    }
+    let path = socket_path();
+    let listener = PlugListener::bind(&path).unwrap();
+    // The mode alone keeps others out; here it is opened, so that the second bar is what is tested.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    // A copy, since the build's folder need not be open to others.
+    let copy = path.with_extension("exe");
+    std::fs::copy(program(), &copy).unwrap();
+    let child = Command::new(&copy).arg(&path).arg("00").arg("running").uid(65534).gid(65534).spawn();
+    let mut children = Children(vec![child.unwrap()]);
+    let error = listener.accept(Duration::from_secs(5)).unwrap_err();
+    assert!(matches!(error, PlugError::NotAllowed { uid: 65534, .. }), "{error}");
+    children.0[0].kill().unwrap();
+    std::fs::remove_file(copy).unwrap();
 }

@@ -301,8 +301,12 @@ impl State {
     fn step(self, core: &mut Core, event: DestinationEvent) -> State {
         let name = self.name();
         let is_open = name < DestinationState::Resuming;
-        // Once ready, a lost link is no failure: the source may come back with its word.
-        let waits = name == DestinationState::Ready && matches!(event, DestinationEvent::LinkLost(_));
+        // Once ready, a lost link is no failure, for the source may come back with its word; and lanes are done with.
+        let lost = matches!(
+            event,
+            DestinationEvent::LinkLost(_) | DestinationEvent::HostFailed { task: HostTask::Pages | HostTask::Lanes, .. }
+        );
+        let waits = name == DestinationState::Ready && lost;
         if is_open
             && !waits
             && let Some((code, words, by)) = failure(name, core, &event)

@@ -20,7 +20,8 @@ pub(crate) fn run(context: &Context, file: Option<&Path>, check: bool) -> Ended 
         return Ok(exit::DONE);
     }
     if config.vmm_command.is_empty() {
-        let own = std::env::current_exe().map_err(|e| ApiError::refused("own-path", format!("the path of this program is not known: {e}")))?;
+        let own = std::env::current_exe()
+            .map_err(|e| ApiError::refused("own-path", format!("the path of this program is not known: {e}")))?;
         config.vmm_command = vec![own.display().to_string(), "vmm".into()];
     }
     limosa_agent::run(config).map_err(|e| ApiError::refused("agent", e.to_string()))?;

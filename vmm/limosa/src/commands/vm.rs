@@ -37,7 +37,9 @@ fn show(vm: &VmInfo) {
 
 fn list(vms: &[VmInfo]) {
     let mut rows = vec![["NAME", "STATE", "MEMORY", "VCPUS", "PROCESS"].map(String::from).to_vec()];
-    let row = |vm: &VmInfo| vec![vm.name.clone(), vm.state.clone(), output::bytes(vm.memory_bytes), vm.vcpus.to_string(), vm.pid.to_string()];
+    let row = |vm: &VmInfo| {
+        vec![vm.name.clone(), vm.state.clone(), output::bytes(vm.memory_bytes), vm.vcpus.to_string(), vm.pid.to_string()]
+    };
     rows.extend(vms.iter().map(row));
     output::table(&rows);
 }

@@ -20,7 +20,8 @@ pub(crate) const MEMORY_MIN: u64 = 32 << 20;
 
 /// The guest's files in the demo's directory.
 pub(crate) struct Guest {
-    serial: PathBuf,
+    /// Where its serial line goes: the VMM's log on the one host, then on the other.
+    serials: Vec<PathBuf>,
     /// Its configuration file.
     pub(crate) config: PathBuf,
 }
@@ -39,38 +40,44 @@ pub(crate) struct Heartbeat {
 }
 
 impl Guest {
-    /// Writes image and configuration into `directory`. `dirty` is in bytes a second.
-    pub(crate) fn write(directory: &Path, memory: u64, dirty: u64) -> io::Result<Guest> {
+    /// Writes image and configuration into `directory`. `dirty` is in bytes a second; `hosts` are the agents' state directories.
+    pub(crate) fn write(directory: &Path, hosts: &[PathBuf], memory: u64, dirty: u64) -> io::Result<Guest> {
         let image = directory.join("guest.elf");
         fs::write(&image, IMAGE)?;
-        let serial = directory.join("serial.log");
         let config = directory.join("guest.toml");
-        fs::write(&config, config_text(&image, &serial, memory, dirty))?;
-        Ok(Guest { serial, config })
+        fs::write(&config, config_text(&image, memory, dirty))?;
+        let serials = hosts.iter().map(|state| state.join("vm").join(format!("{NAME}.log"))).collect();
+        Ok(Guest { serials, config })
     }
 
     /// The newest heartbeat on the serial line.
     pub(crate) fn heartbeat(&self) -> Option<Heartbeat> {
-        let bytes = fs::read(&self.serial).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).split_inclusive('\n').filter(|line| line.ends_with('\n')).filter_map(parse_heartbeat).next_back()
+        let newest = |text: String| {
+            let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            whole.filter_map(parse_heartbeat).next_back()
+        };
+        self.serials().filter_map(newest).max_by_key(|heartbeat| heartbeat.number)
     }
 
     /// What it complained of, if it did.
     pub(crate) fn complaint(&self) -> Option<String> {
-        let bytes = fs::read(&self.serial).unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        text.lines().find(|line| line.contains("ERROR") || line.contains("FAIL")).map(str::to_string)
+        let complaint = |line: &&str| line.contains("limosa-guest ERROR") || line.contains("limosa-guest FAIL");
+        self.serials().find_map(|text| text.lines().find(complaint).map(str::to_string))
+    }
+
+    fn serials(&self) -> impl Iterator<Item = String> {
+        let text = |path: &PathBuf| fs::read(path).ok().map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        self.serials.iter().filter_map(text)
     }
 }
 
-fn config_text(image: &Path, serial: &Path, memory: u64, dirty: u64) -> String {
+fn config_text(image: &Path, memory: u64, dirty: u64) -> String {
     let working_set = (memory / 8).clamp(4 << 20, 32 << 20) >> 12 << 12;
     format!(
-        "name = \"{NAME}\"\nmemory = {memory}\nkernel = \"{}\"\nserial = \"{}\"\n\
+        "name = \"{NAME}\"\nmemory = {memory}\nkernel = \"{}\"\n\
          cmdline = \"ip={ADDRESS} ws={working_set} fill=max dirty={dirty} heartbeat=100\"\n\
          [[nic]]\nmac = \"{MAC}\"\nnetwork = \"lan\"\naddresses = [\"{ADDRESS}\"]\n",
-        image.display(),
-        serial.display()
+        image.display()
     )
 }
 
@@ -79,7 +86,12 @@ fn parse_heartbeat(line: &str) -> Option<Heartbeat> {
     let fields = line.trim().split_once("limosa-guest heartbeat ")?.1;
     let fields: HashMap<&str, &str> = fields.split_whitespace().filter_map(|field| field.split_once('=')).collect();
     let number = |name| fields.get(name).and_then(|value: &&str| value.parse().ok());
-    Some(Heartbeat { number: number("n")?, written: number("written")?, verified: number("verified")?, errors: number("errors")? })
+    Some(Heartbeat {
+        number: number("n")?,
+        written: number("written")?,
+        verified: number("verified")?,
+        errors: number("errors")?,
+    })
 }
 
 #[cfg(test)]
@@ -90,7 +102,7 @@ mod tests {
 
     #[test]
     fn the_configuration_is_valid() {
-        let text = config_text(Path::new("/x/guest.elf"), Path::new("/x/serial.log"), 256 << 20, 1 << 20);
+        let text = config_text(Path::new("/x/guest.elf"), 256 << 20, 1 << 20);
         let config = VmConfig::parse(Path::new("guest.toml"), &text).unwrap();
         assert_eq!((config.name.as_str(), config.memory), (NAME, 256 << 20));
         assert!(config.cmdline.contains("ws=33554432 fill=max dirty=1048576"), "{}", config.cmdline);
@@ -103,10 +115,17 @@ mod tests {
         assert_eq!(parse_heartbeat("limosa-guest heartbeat n=7 written="), None);
         assert_eq!(parse_heartbeat("limosa-guest ready version=1"), None);
         let dir = tempfile::tempdir().unwrap();
-        let guest = Guest::write(dir.path(), 64 << 20, 0).unwrap();
+        let hosts = [dir.path().join("a"), dir.path().join("b")];
+        let guest = Guest::write(dir.path(), &hosts, 64 << 20, 0).unwrap();
         assert_eq!(guest.heartbeat(), None);
-        // A half-written last line does not count.
-        fs::write(&guest.serial, format!("{line}limosa-guest heartbeat n=8 written=1 verified=1 errors=1")).unwrap();
-        assert_eq!(guest.heartbeat().unwrap().number, 7);
+        for (host, text) in
+            hosts.iter().zip([line.to_string(), line.replace("n=7", "n=9") + "limosa-guest heartbeat n=10 written=1"])
+        {
+            fs::create_dir_all(host.join("vm")).unwrap();
+            fs::write(host.join("vm/godwit.log"), text).unwrap();
+        }
+        // A half-written last line does not count; the newer host's line does.
+        assert_eq!(guest.heartbeat().unwrap().number, 9);
+        assert_eq!(guest.complaint(), None);
     }
 }

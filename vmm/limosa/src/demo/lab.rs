@@ -92,6 +92,11 @@ impl Lab {
         self.directory.join(host.name()).join("api.sock")
     }
 
+    /// A host's state directory.
+    pub(crate) fn state(&self, host: Host) -> PathBuf {
+        self.directory.join(host.name()).join("state")
+    }
+
     fn log(&self, host: Host) -> PathBuf {
         self.directory.join(format!("{}.log", host.name()))
     }
@@ -174,7 +179,12 @@ impl Lab {
             if let Ok(limosa_agent::api::Answer::Host(info)) = answer {
                 return Ok(info.id);
             }
-            let ended = self.open()?.agents.iter_mut().find(|(which, _)| *which == host).and_then(|(_, child)| child.try_wait().ok().flatten());
+            let ended = self
+                .open()?
+                .agents
+                .iter_mut()
+                .find(|(which, _)| *which == host)
+                .and_then(|(_, child)| child.try_wait().ok().flatten());
             if ended.is_some() || Instant::now() > until {
                 let log = fs::read_to_string(self.log(host)).unwrap_or_default();
                 let tail = log.lines().rev().take(5).collect::<Vec<_>>();
@@ -288,7 +298,8 @@ fn processes_naming(text: &str) -> Vec<u32> {
 /// The port of `mac` in the JSON of `bridge -j fdb show`.
 fn port_of(json: &[u8], mac: &str) -> Option<String> {
     let entries: Vec<serde_json::Value> = serde_json::from_slice(json).ok()?;
-    let ours = |entry: &&serde_json::Value| entry.get("mac").and_then(|m| m.as_str()).is_some_and(|m| m.eq_ignore_ascii_case(mac));
+    let ours =
+        |entry: &&serde_json::Value| entry.get("mac").and_then(|m| m.as_str()).is_some_and(|m| m.eq_ignore_ascii_case(mac));
     entries.iter().find(ours)?.get("ifname")?.as_str().map(str::to_string)
 }
 
@@ -309,7 +320,7 @@ mod tests {
     #[test]
     fn processes_are_found_by_their_command_line() {
         let unique = format!("limosa-demo-test-{}", std::process::id());
-        let mut child = Command::new("sh").args(["-c", "sleep 20; exit 0", &unique]).spawn().unwrap();
+        let mut child = Command::new("sh").args(["-c", "read line", &unique]).stdin(Stdio::piped()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(5);
         while processes_naming(&unique).is_empty() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));

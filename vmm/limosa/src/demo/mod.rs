@@ -14,7 +14,6 @@ use limosa_agent::api::{Answer, ApiError, Client, JobInfo, JobState, MigrateRequ
 use nix::sys::signal::{SigSet, Signal};
 use pinger::{Pinger, Pings};
 use std::io;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long the guest may take until it answers pings; filling its memory takes most of it.
@@ -36,7 +35,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Ended {
     if let Some(error) = missing() {
         return Err(error);
     }
-    if args.memory < guest::MEMORY_MIN || args.memory % 4096 != 0 {
+    if args.memory < guest::MEMORY_MIN || !args.memory.is_multiple_of(4096) {
         return Err(ApiError::usage("memory", "--memory should be at least 32M and a multiple of 4 KiB"));
     }
     let lab = Lab::new().map_err(failed)?;
@@ -51,22 +50,33 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Ended {
     let found = found?;
     show(context, &found);
     match found.job.state {
-        JobState::Done if !found.verified => Err(ApiError::refused("not-verified", format!("the guest's own check: {}", found.check))),
+        JobState::Done if !found.verified => {
+            Err(ApiError::refused("not-verified", format!("the guest's own check: {}", found.check)))
+        }
         state => Ok(state.exit()),
     }
 }
 
 /// The demo from the first namespace to the last ping.
 fn play(lab: &Lab, args: &DemoArgs, quiet: bool) -> Result<Findings, ApiError> {
-    let step = |words: &str| if !quiet { output::note(words) };
+    let step = |words: &str| {
+        if !quiet {
+            output::note(words)
+        }
+    };
     step("two hosts, alpha and beta, and a switch between them");
     lab.build_network().map_err(failed)?;
     step("an agent on each; they trust each other");
     let plaintext = args.plaintext && !args.no_plaintext;
     let extra = if plaintext { "plaintext_lanes = true\n" } else { "" };
     lab.start_agents(extra).map_err(failed)?;
-    step(&format!("a guest of {} on alpha; it fills its memory and goes on writing {}/s", output::bytes(args.memory), output::bytes(args.dirty)));
-    let guest = Guest::write(lab.directory(), args.memory, args.dirty).map_err(failed)?;
+    step(&format!(
+        "a guest of {} on alpha; it fills its memory and goes on writing {}/s",
+        output::bytes(args.memory),
+        output::bytes(args.dirty)
+    ));
+    let guest =
+        Guest::write(lab.directory(), &Host::BOTH.map(|host| lab.state(host)), args.memory, args.dirty).map_err(failed)?;
     ask(lab, Host::Alpha, &Request::VmStart { config: guest.config.clone() })?;
     let pinger = Pinger::start(&lab.switch(), guest::ADDRESS).map_err(failed)?;
     wait_for_pings(&pinger, &guest)?;
@@ -92,10 +102,10 @@ fn finish(lab: &Lab, job: JobInfo, verified: bool, check: String, pings: &Pings)
     let mut job = job;
     if let Answer::Jobs(jobs) = ask(lab, Host::Beta, &Request::Jobs { watch: false })?
         && let Some(incoming) = jobs.into_iter().rfind(|other| other.migration == job.migration)
-        && let (Some(report), Some(theirs)) = (&mut job.report, incoming.report)
-        && theirs.announcements.len() > report.announcements.len()
+        && let Some(report) = &mut job.report
+        && incoming.announcements.len() > report.announcements.len()
     {
-        report.announcements = theirs.announcements;
+        report.announcements = incoming.announcements;
     }
     if let Some(report) = &mut job.report {
         report.verified = Some(verified && job.state == JobState::Done);
@@ -154,7 +164,13 @@ fn check(guest: &Guest, moved: Heartbeat, writes: bool) -> (bool, String) {
         // Two more ends of the walk: one whole walk that began after the move lies between them.
         if goes_on && now.verified >= moved.verified + 2 {
             let pages = now.written - moved.written;
-            return (true, format!("passed: no page lost or stale, {pages} pages written since, the working set walked {} times", now.verified));
+            return (
+                true,
+                format!(
+                    "passed: no page lost or stale, {pages} pages written since, the working set walked {} times",
+                    now.verified
+                ),
+            );
         }
         if Instant::now() > until {
             return (false, format!("it did not finish in {} s: before {moved:?}, now {now:?}", CHECK_MAX.as_secs()));
@@ -186,8 +202,14 @@ fn show(context: &Context, found: &Findings) {
     let mut rows = vec![
         ("result".to_string(), output::ending(&found.job)),
         ("guest's check".into(), found.check.clone()),
-        ("pings".into(), format!("{} sent, {} lost, largest gap {:.1} ms", found.pings.sent, found.pings.lost, found.pings.largest_gap_ms)),
-        ("MAC on switch".into(), format!("{} at port {} before, {} after", guest::MAC, port(&found.port_before), port(&found.port_after))),
+        (
+            "pings".into(),
+            format!("{} sent, {} lost, largest gap {:.1} ms", found.pings.sent, found.pings.lost, found.pings.largest_gap_ms),
+        ),
+        (
+            "MAC on switch".into(),
+            format!("{} at port {} before, {} after", guest::MAC, port(&found.port_before), port(&found.port_after)),
+        ),
     ];
     rows.extend(found.job.report.iter().flat_map(output::report_rows));
     let width = rows.iter().map(|(_, value)| value.chars().count()).max().unwrap_or(0).min(100);
@@ -216,7 +238,8 @@ fn missing() -> Option<ApiError> {
     let instead = "Without them this machine can still check a configuration (`limosa agent --check --config FILE`), show what a \
                    migration would do on another host's agent (`limosa migrate VM --to HOST --print-plan`), and run the tests that need \
                    neither (`make test` says which it skips).";
-    (!lacks.is_empty()).then(|| ApiError::refused("missing", format!("the demo cannot run here: {}.\n{instead}", lacks.join("; "))))
+    (!lacks.is_empty())
+        .then(|| ApiError::refused("missing", format!("the demo cannot run here: {}.\n{instead}", lacks.join("; "))))
 }
 
 /// Takes the lab down however the demo ends.
@@ -260,7 +283,7 @@ fn with_logs(mut error: ApiError, lab: &Lab) -> ApiError {
             error.words.push_str(&format!("\n-- {}'s log ends with:\n{tail}", host.name()));
         }
     }
-    let serial = std::fs::read_to_string(Path::new(lab.directory()).join("alpha/state/vm").join(format!("{}.log", guest::NAME)));
+    let serial = std::fs::read_to_string(lab.state(Host::Alpha).join("vm").join(format!("{}.vmm.log", guest::NAME)));
     if let Ok(log) = serial {
         let tail: Vec<&str> = log.lines().rev().take(5).collect();
         error.words.push_str(&format!("\n-- the guest's VMM:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n")));

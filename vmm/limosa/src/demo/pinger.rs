@@ -38,6 +38,8 @@ pub(crate) struct Pings {
     pub(crate) lost: usize,
     /// Longest time without an answer, in milliseconds.
     pub(crate) largest_gap_ms: f64,
+    /// When it began, in milliseconds after the first moment.
+    pub(crate) largest_gap_at_ms: f64,
 }
 
 impl Pinger {
@@ -99,8 +101,10 @@ impl Log {
         // After the last answer the guest has been silent until now.
         answers.push(settled.max(from));
         answers.sort();
-        let gaps = answers.windows(2).filter_map(|pair| Some(*pair.last()? - *pair.first()?));
-        Pings { sent: inside.len(), lost, largest_gap_ms: gaps.max().unwrap_or_default().as_secs_f64() * 1000.0 }
+        let gaps = answers.windows(2).filter_map(|pair| Some((*pair.last()? - *pair.first()?, *pair.first()?)));
+        let (largest, began) = gaps.max().unwrap_or((Duration::ZERO, from));
+        let ms = |duration: Duration| duration.as_secs_f64() * 1000.0;
+        Pings { sent: inside.len(), lost, largest_gap_ms: ms(largest), largest_gap_at_ms: ms(began - from) }
     }
 }
 
@@ -190,7 +194,7 @@ mod tests {
         }
         let seen = log.between(start, at(1190));
         assert_eq!((seen.sent, seen.lost), (100, 5));
-        assert!((seen.largest_gap_ms - 60.0).abs() < 0.01, "{seen:?}");
+        assert!((seen.largest_gap_ms - 60.0).abs() < 0.01 && (seen.largest_gap_at_ms - 291.0).abs() < 0.01, "{seen:?}");
         let silent = log.between(at(2000), at(5200));
         assert!((silent.largest_gap_ms - 3000.0).abs() < 0.01, "{silent:?}");
     }

@@ -84,7 +84,12 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
 /// Descriptors of the guest's memory, one a region, with the offset in each.
 pub(super) fn memory(machine: &Machine) -> Result<Vec<(OwnedFd, u64)>, String> {
     let copy = |region: limosa_machine::RegionInfo<'_>| Ok((region.fd.try_clone_to_owned()?, region.fd_offset));
-    machine.regions().into_iter().map(copy).collect::<io::Result<_>>().map_err(|e| format!("a memory descriptor cannot be copied: {e}"))
+    machine
+        .regions()
+        .into_iter()
+        .map(copy)
+        .collect::<io::Result<_>>()
+        .map_err(|e| format!("a memory descriptor cannot be copied: {e}"))
 }
 
 fn serial(serial: &Serial) -> io::Result<SerialSink> {

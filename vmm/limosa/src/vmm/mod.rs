@@ -87,7 +87,9 @@ fn alone(running: Running) -> Exit {
 
 fn random_id() -> Result<VmId, ApiError> {
     let mut id = [0; 16];
-    ring::rand::SystemRandom::new().fill(&mut id).map_err(|_| ApiError::refused("random", "the system gives no random numbers"))?;
+    ring::rand::SystemRandom::new()
+        .fill(&mut id)
+        .map_err(|_| ApiError::refused("random", "the system gives no random numbers"))?;
     Ok(VmId(id))
 }
 

@@ -30,7 +30,13 @@ pub(super) struct Plugged {
 
 impl Running {
     /// Builds the machine of `config`; it neither boots nor runs yet.
-    pub(super) fn build(config: &VmConfig, id: VmId, text: &str, bridges: &[(String, String)], populate: bool) -> Result<Running, String> {
+    pub(super) fn build(
+        config: &VmConfig,
+        id: VmId,
+        text: &str,
+        bridges: &[(String, String)],
+        populate: bool,
+    ) -> Result<Running, String> {
         let machine = build::machine(config, id, bridges, populate)?;
         let description = build::describe(&machine, config, id, text)?;
         Ok(Running { machine: Arc::new(machine), description })
@@ -79,7 +85,9 @@ pub(super) fn stopped(machine: &Weak<Machine>) -> Option<String> {
         let machine = machine.upgrade()?;
         match machine.events().recv_timeout(WATCH_INTERVAL) {
             None => {}
-            Some(MachineEvent::DeviceBroken { device, reason }) => tracing::warn!(device, reason, "a device of the guest is broken"),
+            Some(MachineEvent::DeviceBroken { device, reason }) => {
+                tracing::warn!(device, reason, "a device of the guest is broken")
+            }
             Some(MachineEvent::Reset { .. }) => return Some("the guest asked for a reset".into()),
             Some(MachineEvent::Shutdown { reason, .. }) => return Some(format!("the guest shut down: {reason}")),
             Some(MachineEvent::Halted { vcpu }) => return Some(format!("vCPU {vcpu} halted for ever")),
@@ -196,7 +204,16 @@ mod tests {
     fn description(config: &str) -> VmDescription {
         let memory = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 64 << 20, page_bytes: 4096 }]).unwrap();
         let config = config.as_bytes().to_vec();
-        VmDescription { id: VmId([1; 16]), name: "web".into(), vcpus: 1, memory, nics: vec![], vmm: "limosa".into(), records: vec![], config }
+        VmDescription {
+            id: VmId([1; 16]),
+            name: "web".into(),
+            vcpus: 1,
+            memory,
+            nics: vec![],
+            vmm: "limosa".into(),
+            records: vec![],
+            config,
+        }
     }
 
     #[test]
@@ -208,7 +225,9 @@ mod tests {
 
     #[test]
     fn a_configuration_must_fit_its_description() {
-        for text in ["name = \"other\"\nmemory = \"64M\"\nkernel = \"/x\"\n", "name = \"web\"\nmemory = \"32M\"\nkernel = \"/x\"\n", "\0"] {
+        for text in
+            ["name = \"other\"\nmemory = \"64M\"\nkernel = \"/x\"\n", "name = \"web\"\nmemory = \"32M\"\nkernel = \"/x\"\n", "\0"]
+        {
             assert!(incoming_config(&description(text)).is_err(), "{text}");
         }
     }

@@ -1,0 +1,276 @@
+//! Guests that come: whether they may, the VMM that is made for them, their first moments here.
+//! How a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
+
+use crate::agent::Agent;
+use crate::announcing;
+use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use crate::config::{NAME_WANTS, plain_name};
+use crate::jobs::{Ending, unix_ms};
+use crate::outgoing::{host_error, resume};
+use crate::pages::GuestPages;
+use crate::process::memory_available;
+use crate::settle;
+use crate::vm::{Claim, Vm, VmState};
+use limosa_link::driver::fresh_token;
+use limosa_link::host::IncomingProgress;
+use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer};
+use limosa_plug::{HugePages, PlugConnection};
+use limosa_proto::commit::{JournalRecord, JournalRecordKind};
+use limosa_proto::compat::{self, HostOffer, NetworkOffer};
+use limosa_proto::event::{DestinationConfig, DestinationOutcome};
+use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::record::Record;
+use limosa_proto::wire::code::Code;
+use limosa_proto::wire::frame::ControlHeader;
+use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+
+/// How long an incoming VMM may take until it has plugged in; it has no machine yet.
+const LAUNCH_MAX: Duration = Duration::from_secs(20);
+/// How long it may take to end after it was told to.
+const DISCARD_MAX: Duration = Duration::from_millis(500);
+/// Memory that stays free for the host itself, in bytes.
+const HOST_BYTES: u64 = 128 << 20;
+/// Most virtual CPUs of a guest.
+const VCPUS_MAX: u32 = 1024;
+
+/// Who decides about what comes in.
+pub(crate) struct Reception(pub(crate) Arc<Agent>);
+
+impl Hosting for Reception {
+    fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal> {
+        let agent = &self.0;
+        if agent.is_stopping() {
+            return Err(Refusal::one(Code::Shutdown, "the destination's agent is stopping"));
+        }
+        let token = fresh_token().map_err(|e| Refusal::one(Code::Internal, e.to_string()))?;
+        let set = &agent.config.migration;
+        let mut config = DestinationConfig::new(header.migration, header.generation, peer.id, token);
+        config.plaintext_allowed = set.plaintext_lanes;
+        config.keepalive = set.keepalive;
+        config.peer_silence_max = set.silence_max;
+        config.deadlines.ready = set.ready_max;
+        let (job, cancel) = agent.jobs.begin(|id| job(id, agent.hosts.shown(peer.id), header, &hello.vm));
+        tracing::info!(job, vm = hello.vm.name, from = agent.hosts.shown(peer.id), migration = %header.migration, "a guest wants to come");
+        let (progress, seen) = watch::channel(IncomingProgress {
+            state: limosa_proto::state::DestinationState::Listening,
+            rounds: 0,
+            pages: 0,
+            zero_pages: 0,
+            bytes_on_wire: 0,
+        });
+        let (done, ended) = oneshot::channel();
+        tokio::spawn(show(Arc::clone(agent), job, hello.vm.memory.bytes(), seen, ended));
+        let receiving =
+            Receiving { agent: Arc::clone(agent), job, vm: None, cancel: cancel.clone(), announce_end: Arc::default() };
+        Ok(Incoming {
+            host: Box::new(receiving),
+            config,
+            populate: set.populate,
+            cancel,
+            progress: Some(progress),
+            done: Some(done),
+        })
+    }
+
+    fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
+        settle::verdict(&self.0, peer.id, migration, generation, released)
+    }
+}
+
+fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> JobInfo {
+    JobInfo {
+        id,
+        direction: Direction::Incoming,
+        vm: vm.name.clone(),
+        vm_id: vm.id.to_string(),
+        peer,
+        migration: header.migration.to_string(),
+        generation: header.generation.0,
+        state: JobState::Running,
+        began_unix_ms: unix_ms(),
+        ended_unix_ms: None,
+        progress: None,
+        report: None,
+        announcements: Vec::new(),
+        words: String::new(),
+        code: None,
+    }
+}
+
+/// Keeps the job up to date until the migration has ended.
+async fn show(
+    agent: Arc<Agent>,
+    job: u64,
+    memory_bytes: u64,
+    mut seen: watch::Receiver<IncomingProgress>,
+    ended: oneshot::Receiver<DestinationOutcome>,
+) {
+    while seen.changed().await.is_ok() {
+        let progress = *seen.borrow_and_update();
+        let here = progress.pages.saturating_add(progress.zero_pages).saturating_mul(limosa_proto::memory::PAGE_BYTES);
+        let shown = JobProgress {
+            phase: progress.state.to_string(),
+            round: progress.rounds.saturating_add(1),
+            bytes_remaining: memory_bytes.saturating_sub(here),
+            memory_bytes,
+            bytes_on_wire: progress.bytes_on_wire,
+            ..JobProgress::default()
+        };
+        agent.jobs.progress(job, shown);
+    }
+    let end =
+        |state, words: String, code: Option<Code>| Ending { state, words, code: code.map(|code| code.to_string()), report: None };
+    let ending = match ended.await {
+        Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
+        Ok(DestinationOutcome::Refused(refusal)) => end(JobState::Refused, refusal.words(), Some(refusal.code)),
+        Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
+        Ok(DestinationOutcome::Stuck { words }) => {
+            end(JobState::InDoubt, format!("the guest is this host's, and its VMM could not be brought to run it: {words}"), None)
+        }
+        Err(_) => end(JobState::Aborted, "the migration's driver has ended".into(), Some(Code::Internal)),
+    };
+    tracing::info!(job, state = ?ending.state, words = ending.words, "the incoming migration has ended");
+    agent.jobs.end(job, ending);
+}
+
+/// What this host has to offer to a guest.
+pub(crate) fn offer(agent: &Agent) -> HostOffer {
+    let (names_taken, ids_taken) = agent.vms.taken();
+    let network = |network: &crate::config::Network| {
+        let there = Path::new("/sys/class/net").join(&network.bridge).join("bridge").is_dir();
+        NetworkOffer {
+            name: network.name.clone(),
+            mtu: network.mtu,
+            broken: (!there).then(|| format!("its bridge {} does not exist", network.bridge)),
+        }
+    };
+    let huge = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
+    let huge_free = huge.trim().parse::<u64>().unwrap_or(0) > 0;
+    HostOffer {
+        networks: agent.config.networks.iter().map(network).collect(),
+        names_taken,
+        ids_taken,
+        memory_bytes_free: memory_available().saturating_sub(HOST_BYTES),
+        vcpus_max: VCPUS_MAX,
+        page_bytes: if huge_free { vec![2 << 20] } else { Vec::new() },
+        vmms: vec!["limosa".into()],
+        records: Vec::new(),
+    }
+}
+
+/// The destination's host: the VMM that is made for the guest, and the journal.
+struct Receiving {
+    agent: Arc<Agent>,
+    job: u64,
+    vm: Option<Claim>,
+    cancel: Cancel,
+    announce_end: Arc<AtomicBool>,
+}
+
+impl Receiving {
+    fn vm(&self) -> Result<&Arc<Vm>, HostError> {
+        self.vm.as_ref().map(Claim::vm).ok_or_else(|| HostError::new("no guest was let in"))
+    }
+
+    fn connection(&self) -> Result<Arc<PlugConnection>, HostError> {
+        self.vm()?.connection_within(Duration::ZERO).map_err(HostError::new)
+    }
+}
+
+impl DestinationHost for Receiving {
+    fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
+        if !plain_name(&vm.name) {
+            return Err(Refusal::one(Code::Incompatible, format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name)));
+        }
+        if let Some(refusal) = compat::refusal(compat::check(vm, &offer(&self.agent))) {
+            return Err(refusal);
+        }
+        let guest = Vm::new(vm.id, vm.name.clone(), VmState::Incoming);
+        guest.set_description(vm.clone());
+        let claim = guest.claim("incoming").map_err(|words| Refusal::one(Code::Busy, words))?;
+        self.agent.vms.insert(&guest).map_err(|words| Refusal::one(Code::NameTaken, words))?;
+        self.vm = Some(claim);
+        Ok(())
+    }
+
+    fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
+        let guest = Arc::clone(self.vm()?);
+        let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
+        let (process, arrived) = launched.map_err(HostError::new)?;
+        settle::remember_process(&self.agent, vm.id, process.pid());
+        guest.set_process(process);
+        guest.plug(Arc::clone(&arrived.connection), arrived.serial);
+        guest.on_lost(Some(self.cancel.clone()));
+        let described = arrived.connection.prepare(vm, &self.agent.config.bridges()).map_err(host_error)?;
+        let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
+        Ok(Arc::new(GuestPages(memory)))
+    }
+
+    fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
+        self.connection()?.load(&records).map(drop).map_err(host_error)
+    }
+
+    fn resume(&mut self) -> Result<(), HostError> {
+        resume(self.vm()?, Duration::ZERO)
+    }
+
+    fn announce(&mut self) -> Result<Vec<String>, HostError> {
+        let guest = Arc::clone(self.vm()?);
+        // It runs here now: whoever wants it next may have it.
+        guest.on_lost(None);
+        self.vm = None;
+        let Some(description) = guest.description() else { return Ok(Vec::new()) };
+        let (agent, job) = (Arc::clone(&self.agent), self.job);
+        let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
+        announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)
+    }
+
+    fn discard(&mut self) -> Result<(), HostError> {
+        self.announce_end.store(true, Ordering::Release);
+        let Some(claim) = self.vm.take() else { return Ok(()) };
+        let guest = claim.vm();
+        guest.on_lost(None);
+        if let Some(connection) = guest.connection()
+            && let Err(error) = connection.discard()
+        {
+            tracing::debug!(vm = guest.name, %error, "the incoming VMM did not take the order to end; it is ended");
+        }
+        guest.end_within(DISCARD_MAX);
+        self.agent.vms.remove(guest.id);
+        settle::forget_process(&self.agent, guest.id);
+        Ok(())
+    }
+
+    fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        if record.kind == JournalRecordKind::Running {
+            settle::forget_process(&self.agent, record.vm);
+        }
+        Ok(())
+    }
+
+    fn cpu_seconds(&mut self) -> f64 {
+        let guest = self.vm.as_ref().map(|claim| Arc::clone(claim.vm()));
+        guest.map_or(0.0, |vm| vm.cpu_seconds())
+    }
+}
+
+/// Announces a guest that has come; returns after the first round.
+pub(crate) fn announce(
+    agent: &Agent,
+    vm: &VmDescription,
+    end: Arc<AtomicBool>,
+    keep: impl FnMut(&[String]) + Send + 'static,
+) -> Result<Vec<String>, HostError> {
+    let nics = announcing::nics(&agent.config, vm);
+    if nics.is_empty() {
+        return Ok(Vec::new());
+    }
+    let announcing = announcing::begin(nics, &agent.config.migration.announce_schedule, end, keep).map_err(HostError::new)?;
+    Ok(announcing.first_round())
+}

@@ -1,0 +1,333 @@
+//! Guests that leave: the plan, the job, and the source's host over the plug.
+//! How a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
+
+use crate::agent::Agent;
+use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobProgress, JobState, MigrateRequest, Plan};
+use crate::hosts::Host;
+use crate::jobs::{Ending, unix_ms};
+use crate::pages::GuestPages;
+use crate::vm::{Claim, Vm, VmState};
+use limosa_link::{Cancel, HostError, LaneSettings, Pages, SourceHost, SourceOptions, run_source};
+use limosa_plug::{HugePages, PlugError, VmState as Plugged};
+use limosa_proto::bitmap::PageSet;
+use limosa_proto::commit::JournalRecord;
+use limosa_proto::event::{Deadlines, SourceConfig, SourceOutcome};
+use limosa_proto::identity::MigrationId;
+use limosa_proto::memory::PAGE_BYTES;
+use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
+use limosa_proto::progress::Progress;
+use limosa_proto::record::Record;
+use limosa_proto::report::Report;
+use limosa_proto::state::SourceState;
+use limosa_proto::wire::message::VmDescription;
+use ring::rand::SecureRandom as _;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long a paused guest's VMM that has lost its connection may take to come back before it is given up.
+const REPLUG_MAX: Duration = Duration::from_secs(3);
+/// How long a VMM may take to end after its guest has left.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
+/// More lanes than this bring nothing unless they are asked for.
+const LANES_CHOSEN_MAX: usize = 4;
+
+/// What would be done, with everything resolved.
+pub(crate) fn plan(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Host), ApiError> {
+    let vm = agent.vms.named(&request.vm)?;
+    let host = agent.hosts.named(&request.to).ok_or_else(|| {
+        let words = format!("no host is called \"{}\" here; `limosa host trust` makes one known", request.to);
+        ApiError::refused("unknown-host", words)
+    })?;
+    let description =
+        vm.description().ok_or_else(|| ApiError::refused("vmm-failed", format!("{} has not described itself", vm.name)))?;
+    let set = &agent.config.migration;
+    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let words = |policy| if policy == NoConvergence::Abort { "abort" } else { "longer-downtime" };
+    let on_no_convergence = request.on_no_convergence.clone().unwrap_or_else(|| words(set.on_no_convergence).into());
+    let lanes = request.lanes.or(set.lanes).unwrap_or_else(chosen_lanes);
+    let plan = Plan {
+        vm: vm.name.clone(),
+        vm_id: vm.id.to_string(),
+        memory_bytes: description.memory.bytes(),
+        to: HostInfo { name: host.name.clone(), id: host.id.to_string(), address: host.address.clone() },
+        link: "tcp".into(),
+        encrypted: !request.plaintext.unwrap_or(set.plaintext_lanes),
+        lanes,
+        downtime_target_ms: request.downtime_target_ms.unwrap_or(ms(set.downtime_target)),
+        downtime_ms_max: request
+            .downtime_ms_max
+            .unwrap_or_else(|| ms(set.downtime_max).max(request.downtime_target_ms.unwrap_or(0))),
+        on_no_convergence,
+        bandwidth: request.bandwidth.unwrap_or(set.bandwidth),
+    };
+    if !plan.encrypted && !set.plaintext_lanes {
+        let words = "lanes without TLS were asked for; this host's settings do not allow them (migration.plaintext_lanes)";
+        return Err(ApiError::refused("plaintext-refused", words));
+    }
+    let bad = |words: &str| Err(ApiError::usage("request", words));
+    if !(1..=16).contains(&plan.lanes) {
+        return bad("1 to 16 lanes are possible");
+    }
+    if plan.downtime_target_ms == 0 || plan.downtime_target_ms > plan.downtime_ms_max || plan.downtime_ms_max > 600_000 {
+        return bad("the downtime aimed at should be from 1 ms to the longest downtime, and that at most 10 minutes");
+    }
+    if !["longer-downtime", "abort"].contains(&plan.on_no_convergence.as_str()) {
+        return bad("on_no_convergence should be \"longer-downtime\" or \"abort\"");
+    }
+    Ok((plan, host))
+}
+
+/// As many lanes as this machine has use for.
+fn chosen_lanes() -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u16::try_from(cores.min(LANES_CHOSEN_MAX)).unwrap_or(1)
+}
+
+/// Everything that a migration needs of the guest.
+struct Prepared {
+    plan: Plan,
+    host: Host,
+    claim: Claim,
+    description: VmDescription,
+    pages: Arc<GuestPages>,
+}
+
+/// Begins to move a guest; gives the job's number.
+pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result<u64, ApiError> {
+    if agent.is_stopping() {
+        return Err(ApiError::refused("shutdown", "the agent is stopping"));
+    }
+    let most = agent.config.migration.outgoing_max;
+    if agent.jobs.running(Direction::Outgoing) >= most {
+        let words = format!("{most} guests are leaving already, and no more may (migration.outgoing_max)");
+        return Err(ApiError::refused("busy", words));
+    }
+    let preparing = Arc::clone(agent);
+    let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &request)).await;
+    let prepared = prepared.map_err(|e| ApiError::refused("internal", e.to_string()))??;
+    let mut migration = [0; 16];
+    ring::rand::SystemRandom::new()
+        .fill(&mut migration)
+        .map_err(|_| ApiError::refused("internal", "the system gives no random numbers"))?;
+    let migration = MigrationId(migration);
+    let generation = agent.journal().next_generation(prepared.description.id);
+    let mut config = SourceConfig::new(migration, generation, prepared.host.id, prepared.description.clone());
+    configure(agent, &prepared.plan, &mut config);
+    let (id, cancel) = agent.jobs.begin(|id| JobInfo {
+        id,
+        direction: Direction::Outgoing,
+        vm: prepared.plan.vm.clone(),
+        vm_id: prepared.plan.vm_id.clone(),
+        peer: prepared.host.name.clone(),
+        migration: migration.to_string(),
+        generation: generation.0,
+        state: JobState::Running,
+        began_unix_ms: unix_ms(),
+        ended_unix_ms: None,
+        progress: None,
+        report: None,
+        announcements: Vec::new(),
+        words: String::new(),
+        code: None,
+    });
+    tracing::info!(job = id, vm = prepared.plan.vm, to = prepared.host.name, %migration, "a guest begins to leave");
+    tokio::spawn(carry_out(Arc::clone(agent), id, prepared, config, cancel));
+    Ok(id)
+}
+
+fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError> {
+    let (plan, host) = plan(agent, request)?;
+    let claim = agent.vms.claim(&request.vm, "migrating")?;
+    let failed = |words: String| ApiError::refused("vmm-failed", words);
+    let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
+    let described = connection.describe().map_err(|e| failed(e.to_string()))?;
+    let description = described.description.clone();
+    let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
+    Ok(Prepared { plan, host, claim, description, pages: Arc::new(GuestPages(memory)) })
+}
+
+fn configure(agent: &Agent, plan: &Plan, config: &mut SourceConfig) {
+    let set = &agent.config.migration;
+    let downtime_max = Duration::from_millis(plan.downtime_ms_max);
+    config.lanes = plan.lanes;
+    config.plaintext_lanes = !plan.encrypted;
+    config.policy = PrecopyPolicy {
+        downtime_target: Duration::from_millis(plan.downtime_target_ms),
+        downtime_max,
+        on_no_convergence: if plan.on_no_convergence == "abort" { NoConvergence::Abort } else { NoConvergence::LongerDowntime },
+        ..PrecopyPolicy::default()
+    };
+    config.keepalive = set.keepalive;
+    config.peer_silence_max = set.silence_max;
+    let usual = Deadlines::default();
+    // A guest that may stand still for long must not be given up in the middle of it.
+    config.deadlines = Deadlines { stopped: usual.stopped.max(downtime_max * 2), ..usual };
+}
+
+async fn carry_out(agent: Arc<Agent>, id: u64, prepared: Prepared, config: SourceConfig, cancel: Cancel) {
+    let Prepared { plan, host, claim, pages, description } = prepared;
+    let vm = Arc::clone(claim.vm());
+    vm.on_lost(Some(cancel.clone()));
+    let sending = Sending { agent: Arc::clone(&agent), vm: Arc::clone(&vm), pages, began: vm.cpu_seconds(), used: 0.0 };
+    let options = SourceOptions {
+        destination: host.address.clone(),
+        expected: host.id,
+        key: agent.key.clone(),
+        trusted: agent.hosts.trusted(),
+        config,
+        lanes: LaneSettings { bandwidth_bytes_per_s: plan.bandwidth, ..LaneSettings::default() },
+        in_doubt: false,
+    };
+    let (progress, seen) = watch::channel(Progress::new(description.memory.bytes()));
+    let showing = tokio::spawn(show(Arc::clone(&agent), id, seen));
+    let (outcome, report) = run_source(options, Box::new(sending), cancel, progress).await;
+    // The last progress has been sent by now, and the sender is gone.
+    let _ = showing.await;
+    let ending = ending(&outcome, report);
+    tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
+    let finishing = Arc::clone(&agent);
+    let finish = move || {
+        match outcome {
+            SourceOutcome::Committed => {
+                vm.end_within(LEAVE_MAX);
+                finishing.vms.remove(vm.id);
+            }
+            SourceOutcome::InDoubt { .. } => vm.set_state(VmState::Paused),
+            SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => {}
+        }
+        drop(claim);
+    };
+    // A VMM that takes long to end must not hold up the threads that answer others.
+    let _ = tokio::task::spawn_blocking(finish).await;
+    agent.jobs.end(id, ending);
+}
+
+/// Keeps the job up to date with the migration's progress.
+async fn show(agent: Arc<Agent>, id: u64, mut seen: watch::Receiver<Progress>) {
+    loop {
+        let (progress, state, doubt) = {
+            let progress = seen.borrow_and_update();
+            (job_progress(&progress), progress.state, progress.doubt.clone())
+        };
+        agent.jobs.progress(id, progress);
+        if state == SourceState::InDoubt {
+            agent.jobs.update(id, |info| {
+                info.state = JobState::InDoubt;
+                info.words = doubt.unwrap_or_else(|| "the destination's answer is missing; it is asked again and again".into());
+            });
+        }
+        if seen.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn job_progress(progress: &Progress) -> JobProgress {
+    JobProgress {
+        phase: progress.state.to_string(),
+        round: progress.round,
+        bytes_remaining: progress.pages_remaining.saturating_mul(PAGE_BYTES),
+        memory_bytes: progress.memory_bytes,
+        bytes_on_wire: progress.bytes_on_wire,
+        rate_bytes_per_s: progress.rate_bytes_per_s,
+        dirty_bytes_per_s: progress.dirty_rate_pages_per_s.saturating_mul(PAGE_BYTES),
+        estimate_ms: progress.estimate_ms,
+    }
+}
+
+fn ending(outcome: &SourceOutcome, report: Report) -> Ending {
+    let (state, words) = match outcome {
+        SourceOutcome::Committed => (JobState::Done, String::new()),
+        SourceOutcome::Refused(refusal) => (JobState::Refused, refusal.words()),
+        SourceOutcome::Aborted { words, guest_runs: true, .. } => (JobState::Aborted, words.clone()),
+        SourceOutcome::Aborted { words, .. } => {
+            (JobState::Aborted, format!("{words}; and the guest could NOT be resumed: look after its VMM on this host"))
+        }
+        SourceOutcome::InDoubt { words } => (JobState::InDoubt, words.clone()),
+    };
+    Ending { state, words, code: report.code.clone(), report: Some(report) }
+}
+
+/// The source's host: the guest's VMM behind the plug, and the journal.
+struct Sending {
+    agent: Arc<Agent>,
+    vm: Arc<Vm>,
+    pages: Arc<GuestPages>,
+    /// CPU seconds of the VMM before the migration.
+    began: f64,
+    /// CPU seconds of it for the migration, as last seen.
+    used: f64,
+}
+
+pub(crate) fn host_error(error: PlugError) -> HostError {
+    HostError::new(error.to_string())
+}
+
+/// Resumes the guest of `vm`; that it runs already is fine.
+pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
+    let connection = vm.connection_within(patience).map_err(HostError::new)?;
+    match connection.resume() {
+        Ok(_) => {}
+        // After a lost answer the order may already have been carried out.
+        Err(error @ PlugError::Refused { .. }) => match connection.status() {
+            Ok(status) if status.state == Plugged::Running => {}
+            _ => return Err(host_error(error)),
+        },
+        Err(error) => return Err(host_error(error)),
+    }
+    vm.set_state(VmState::Running);
+    Ok(())
+}
+
+impl Sending {
+    fn connection(&self) -> Result<Arc<limosa_plug::PlugConnection>, HostError> {
+        self.vm.connection_within(Duration::ZERO).map_err(HostError::new)
+    }
+}
+
+impl SourceHost for Sending {
+    fn pages(&self) -> Arc<dyn Pages> {
+        Arc::clone(&self.pages) as Arc<dyn Pages>
+    }
+
+    fn start_tracking(&mut self) -> Result<(), HostError> {
+        self.connection()?.track(true).map_err(host_error)
+    }
+
+    fn fetch_dirty(&mut self) -> Result<PageSet, HostError> {
+        self.connection()?.fetch_dirty().map_err(host_error)
+    }
+
+    fn pause(&mut self) -> Result<(), HostError> {
+        self.connection()?.pause().map(drop).map_err(host_error)
+    }
+
+    fn save(&mut self) -> Result<Vec<Record>, HostError> {
+        self.connection()?.save().map_err(host_error)
+    }
+
+    fn resume(&mut self) -> Result<(), HostError> {
+        resume(&self.vm, REPLUG_MAX)
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), HostError> {
+        self.connection()?.track(false).map_err(host_error)
+    }
+
+    fn release(&mut self) -> Result<(), HostError> {
+        self.used = self.vm.cpu_seconds() - self.began;
+        // Its end is expected from here on.
+        self.vm.on_lost(None);
+        self.connection()?.release().map_err(host_error)
+    }
+
+    fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        self.agent.write(record).map_err(|e| HostError::new(e.to_string()))
+    }
+
+    fn cpu_seconds(&mut self) -> f64 {
+        self.used = self.used.max(self.vm.cpu_seconds() - self.began);
+        self.used
+    }
+}
