@@ -7,7 +7,7 @@ use limosa_link::driver::fresh_token;
 use limosa_link::sessions::Sessions;
 use limosa_link::{
     Cancel, DestinationHost, HostError, HostKey, Hosting, Incoming, LaneSettings, Listener, ListenerSettings, Pages, Peer,
-    Populate, SourceHost, SourceOptions, TrustedHosts, run_source,
+    Populate, SourceHost, TcpLink, TrustedHosts, run_source_over,
 };
 use limosa_plug::memfd;
 use limosa_plug::memory::GuestMemory;
@@ -189,17 +189,11 @@ impl Bench {
         };
         let mut config = SourceConfig::new(MigrationId([2; 16]), Generation(generation), self.key.id(), vm);
         (config.lanes, config.plaintext_lanes) = (lanes, plaintext);
-        let options = SourceOptions {
-            destination: self.address.to_string(),
-            expected: self.key.id(),
-            key: self.key.clone(),
-            trusted: self.trusted.clone(),
-            config,
-            lanes: LaneSettings { frame_bytes: self.frame_bytes, ..LaneSettings::default() },
-            in_doubt: false,
-        };
+        let settings = LaneSettings { frame_bytes: self.frame_bytes, ..LaneSettings::default() };
+        let (destination, key, trusted) = (self.address.to_string(), self.key.clone(), self.trusted.clone());
+        let link = TcpLink::new(destination, key.id(), key, trusted, Duration::from_secs(10)).with_congestion("cubic");
         let progress = tokio::sync::watch::Sender::new(Progress::new(0));
-        let (outcome, report) = run_source(options, Box::new(Source(self.source.clone())), Cancel::new(), progress).await;
+        let (outcome, report) = run_source_over(Arc::new(link), config, settings, false, Box::new(Source(self.source.clone())), Cancel::new(), progress).await;
         assert_eq!(outcome, SourceOutcome::Committed);
         self.sessions.idle().await;
         report
@@ -243,7 +237,6 @@ fn namespace() -> Result<(), String> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
         .map_err(|error| format!("no network namespace (root is needed): {error}"))?;
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().map_err(|error| error.to_string())?;
-    std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic").map_err(|error| format!("no cubic: {error}"))?;
     Command::new("iperf3").arg("--version").stdout(Stdio::null()).status().map_err(|error| format!("no iperf3: {error}"))?;
     if up.success() { Ok(()) } else { Err("loopback cannot be brought up".into()) }
 }

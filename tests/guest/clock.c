@@ -3,65 +3,46 @@
 
 static u32 us_per_tsc; /* in 2^-32 */
 static u64 base_tsc, base_us, last_tsc;
-static u32 lapic_ready;
+static u32 lapic_ready, kvmclock_on;
 static struct { u16 low, selector, kind, high; } idt[256] __attribute__((aligned(8)));
 static volatile struct { u32 version, pad; u64 tsc, ns; u32 mul; signed char shift; u8 flags, more[2]; }
     pvclock __attribute__((aligned(64)));
-static u32 kvmclock_on;
 extern char irq_stub[], trap_stub[];
 void sleep_until_irq(void);
 
 static void cpuid(u32 leaf, u32 *r) {
     __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(0));
 }
-static void wrmsr(u32 msr, u32 low) { __asm__ volatile("wrmsr" : : "c"(msr), "a"(low), "d"(0) : "memory"); }
 
 static u32 khz_kvmclock(void) {
-    u32 r[4], khz;
-    cpuid(1, r);
-    if (!(r[2] >> 31)) /* no hypervisor */
-        return 0;
+    u32 r[4];
     cpuid(0x40000000, r);
-    if (r[1] != 0x4b4d564b || r[2] != 0x564b4d56 || r[3] != 0x4d) /* KVMKVMKVM */
+    if (r[1] != 0x4b4d564b || r[2] != 0x564b4d56) /* KVMKVMKVM */
         return 0;
     cpuid(0x40000001, r);
     if (!(r[0] & 8))
         return 0;
-    wrmsr(0x4b564d01, (u32)&pvclock | 1);
+    __asm__ volatile("wrmsr" : : "c"(0x4b564d01), "a"((u32)&pvclock | 1), "d"(0) : "memory");
     if (pvclock.mul <= 1000000)
         return 0;
     kvmclock_on = 1;
-    khz = div64(1000000ull << 32, pvclock.mul);
+    u32 khz = div64(1000000ull << 32, pvclock.mul);
     return pvclock.shift < 0 ? khz << -pvclock.shift : khz >> pvclock.shift;
 }
 
-/* Counts TSC ticks while channel 0 of the PIT, read by latching, counts 59,659 down: 50 ms. 0 if there is no PIT. */
+/* Counts TSC ticks while channel 0 of the PIT (1193.182 kHz), read by latching, counts down for 25 ms. 0 if there is no PIT. */
 static u32 khz_pit(void) {
-    u64 start;
-    u32 count, stuck = 0;
     outb(0x43, 0x34);
     outb(0x40, 0);
     outb(0x40, 0);
-    for (start = rdtsc(); stuck < 1000; stuck += count == 0 || count == 0xffff) {
-        outb(0x43, 0);
-        count = inb(0x40);
-        count |= inb(0x40) << 8;
-        if (-count % 0x10000 >= 59659)
-            return stuck ? 0 : div64(rdtsc() - start, 50);
-    }
-    return 0;
-}
-
-/* The same by the ACPI PM timer (3.579545 MHz) at the usual ports: 50 ms are 178,977 of its ticks. */
-static u32 khz_pm(u16 port) {
-    u32 first = inl(port), now = first;
     u64 start = rdtsc();
     for (u32 spins = 0; spins < 1000000; spins++) {
-        now = inl(port);
-        if (((now - first) & 0xffffff) >= 178977)
-            return div64((rdtsc() - start), 50);
-        if (spins > 1000 && now == first)
-            return 0;
+        outb(0x43, 0);
+        u32 count = inb(0x40);
+        count |= inb(0x40) << 8;
+        u32 ticks = -count & 0xffff;
+        if (ticks >= 29830)
+            return div64((rdtsc() - start) * 1193, ticks);
     }
     return 0;
 }
@@ -80,7 +61,7 @@ static void lapic_init(void) {
     outb(0x21, 0xff); /* no interrupt but ours */
     outb(0xa1, 0xff);
     __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(0x1b));
-    if (config.poll || (low & 0xfffffc00) != 0xfee00800)
+    if ((low & 0xfffffc00) != 0xfee00800)
         return; /* no LAPIC at its usual place (or in x2APIC mode): stay awake */
     *(volatile u32 *)0xfee000f0 = 0x1ff; /* enabled */
     *(volatile u32 *)0xfee003e0 = 0xb;   /* divide by 1 */
@@ -89,13 +70,11 @@ static void lapic_init(void) {
 }
 
 void clock_init(void) {
-    u32 khz = khz_kvmclock(), given = config.tsc_khz;
-    if (given) khz = given;
-    if (!khz) khz = khz_pit();
-    if (!khz) khz = khz_pm(0x608);
-    if (!khz) khz = khz_pm(0xb008);
+    u32 khz = khz_kvmclock();
+    if (!khz)
+        khz = khz_pit();
     if (khz <= 1000 || khz > 100000000)
-        fail("no clock to calibrate the TSC by (give tsc_khz=), kHz", khz);
+        fail("neither kvmclock nor a PIT to calibrate the TSC by, kHz", khz);
     report.tsc_khz = khz;
     us_per_tsc = div64(1000ull << 32, khz);
     base_tsc = last_tsc = rdtsc();
@@ -128,8 +107,7 @@ void clock_check(void) {
         ns = pvclock.ns + scale(delta, pvclock.mul);
         barrier();
     } while ((version & 1) || version != pvclock.version);
-    if (ns < report.kvmclock_ns)
-        report.clock_backwards++;
+    report.clock_backwards += ns < report.kvmclock_ns;
     report.kvmclock_ns = ns;
 }
 

@@ -2,14 +2,17 @@
 #ifndef GUEST_H
 #define GUEST_H
 #include <stdint.h>
-#include <stddef.h>
-typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
 
 enum { PAGE = 4096, BATCH = 256, LOW_START = 0x1000000 };
 enum { BOOTING = 1, FILLING = 2, RUNNING = 3, FAILED = 4 };
-#define TAG_STEP 0x9e3779b1u /* odd: the tag of page n is n * TAG_STEP, so no two pages have the same */
+#define ALL (~0ull) /* a size or rate of "max" */
 
 /* The body of the report; README.md has the offsets. */
+struct range { u64 base, pages; };
 struct report {
     u32 state, errors;
     u64 heartbeats, gap_us_max, written, counters_sum, passes, verified;
@@ -17,18 +20,16 @@ struct report {
     u64 bad_gpa;
     u32 bad_expected, bad_actual;
     u64 rx_packets, tx_packets;
-    u64 ws_base, ws_pages, low_base, low_pages, high_base, high_pages;
+    struct range ws, low, high;
     u64 uptime_us, kvmclock_ns;
-    u32 tsc_khz, clock_backwards, pattern, ip;
+    u32 tsc_khz, clock_backwards, sequential, ip;
     u8 mac[6], net, reserved;
 } __attribute__((packed));
 extern struct report report;
 
 struct config {
-    u64 ws, fill, dirty; /* bytes, bytes, bytes a second; ~0 = all there is, as fast as possible */
-    u32 heartbeat_ms, check, tsc_khz, sequential, poll;
-    u8 ip[4];
-    u32 mmio[8], mmio_count;
+    u64 ws, fill, dirty; /* bytes, bytes, bytes a second; or ALL */
+    u32 heartbeat_ms, mmio[8], mmio_count;
     u64 low_end, high_base, high_end; /* RAM that may be used: LOW_START..low_end and high_base..high_end */
 };
 extern struct config config;
@@ -36,7 +37,6 @@ extern struct config config;
 static inline void outb(u16 port, u8 v) { __asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port)); }
 static inline void outw(u16 port, u16 v) { __asm__ volatile("outw %0, %1" : : "a"(v), "Nd"(port)); }
 static inline u8 inb(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port)); return v; }
-static inline u32 inl(u16 port) { u32 v; __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port)); return v; }
 static inline u64 rdtsc(void) { u64 v; __asm__ volatile("rdtsc" : "=A"(v)); return v; }
 static inline void barrier(void) { __asm__ volatile("lock; addl $0, (%%esp)" : : : "memory", "cc"); }
 /* n / d for a quotient below 2^32 (the caller sees to it); there is no 64-bit division here. */
@@ -47,16 +47,16 @@ static inline u32 div64(u64 n, u32 d) {
 }
 /* d * m / 2^32 */
 static inline u64 scale(u64 d, u32 m) { return (d >> 32) * m + (((d & 0xffffffffu) * m) >> 32); }
+static inline u64 min64(u64 a, u64 b) { return a < b ? a : b; }
 static inline u64 max64(u64 a, u64 b) { return a > b ? a : b; }
 
-void boot_read(u32 kind, u32 info);                 /* boot.c */
+void boot_read(u32 pvh, u32 info);                  /* boot.c */
 void console_init(void);                            /* console.c */
 void put(const char *format, ...);
 void console_poll(void);
 void console_flush(void);
-int console_idle(void);
+u32 console_idle(void);
 void console_input(void);
-void power_off(void);
 void fail(const char *why, u64 value) __attribute__((noreturn));
 void clock_init(void);                              /* clock.c */
 u64 clock_us(void);
@@ -64,7 +64,7 @@ void clock_check(void);
 void clock_sleep(void);
 void net_init(void);                                /* net.c */
 u32 net_poll(void);
-void fill_pages(u32 address, u32 pages, u32 tag);   /* main.c */
-void publish(void);
-u32 high_window(u64 gpa, u32 on);                   /* paging.c */
+void publish(void);                                 /* main.c */
+u32 window_open(u64 gpa);                           /* paging.c */
+void window_close(void);
 #endif

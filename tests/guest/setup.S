@@ -1,81 +1,24 @@
-# A bzImage around the flat image: setup header (boot protocol 2.12, 32-bit entry at 0x100000) and a small real-mode part,
-# so that a BIOS loader (QEMU's) can start it too: it collects the e820 map, enters protected mode and jumps to code32_start.
-# The first 4 KiB serve as boot_params then, as the loader has filled in the header's fields there.
-        .code16
+# A bzImage around the flat image: the setup header (boot protocol 2.12, 32-bit entry at 0x100000) and no real-mode code.
+        .macro field offset kind value
+        .org    \offset
+        \kind   \value
+        .endm
         .text
-        .globl  _start
-_start: .org    0x1f1
-        .byte   15                      # setup_sects: 16 sectors with the first, 8 KiB
-        .word   0
-        .long   (payload_end - payload + 15) / 16
-        .word   0, 0xffff, 0, 0xaa55
-        .byte   0xeb, 0x66              # jmp to 0x268, which is also where the header ends
-        .ascii  "HdrS"
-        .word   0x20c
-        .long   0
-        .word   0, 0
-        .byte   0, 1                    # loadflags: LOADED_HIGH
-        .word   0
-        .long   0x100000                # code32_start
-        .long   0, 0, 0
-        .word   0, 0
-        .long   0                       # cmd_line_ptr
-        .long   0x7fffffff              # initrd_addr_max
-        .long   0x1000                  # kernel_alignment
-        .byte   0, 12                   # not relocatable
-        .word   0
-        .long   2047                    # cmdline_size
-        .long   0, 0, 0, 0, 0, 0, 0
-        .quad   0x100000                # pref_address
-        .long   0xf1000                 # init_size: up to the end of the report page
-        .long   0
-        .org    0x268
-        jmp     real
-        .org    0x1000
-real:   cli
-        cld
-        movw    %cs, %ax                # CS is 0x20 paragraphs above the start
-        subw    $0x20, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movb    $0, 0x1e8
-        xorl    %ebx, %ebx
-        movw    $0x2d0, %di
-1:      movl    $0xe820, %eax
-        movl    $20, %ecx
-        movl    $0x534d4150, %edx
-        int     $0x15
-        jc      2f
-        incb    0x1e8
-        addw    $20, %di
-        testl   %ebx, %ebx
-        jz      2f
-        cmpb    $64, 0x1e8
-        jb      1b
-2:      cli
-        xorl    %esi, %esi
-        movw    %ds, %si
-        shll    $4, %esi                # boot_params
-        leal    gdt(%esi), %eax
-        movl    %eax, gdt_base
-        lgdtl   gdt_limit
-        movl    %cr0, %eax
-        orb     $1, %al
-        movl    %eax, %cr0
-        movw    $0x18, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
-        ljmpl   *%cs:(target - 0x200)
-target: .long   0x100000
-        .word   0x10
-        .balign 8
-gdt:    .quad   0, 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
-gdt_limit:
-        .word   31
-gdt_base:
-        .long   0
-        .org    0x2000
+        field   0x1f1 .byte 1                   # setup_sects beside the first
+        field   0x1f4 .long (payload_end - payload) / 16
+        field   0x1fe .word 0xaa55
+        field   0x200 .word 0x66eb              # a jump to where the header ends, which tells its size
+        field   0x202 .ascii "HdrS"
+        field   0x206 .word 0x20c
+        field   0x211 .byte 1                   # LOADED_HIGH
+        field   0x214 .long 0x100000            # code32_start
+        field   0x22c .long 0x7fffffff          # initrd_addr_max
+        field   0x230 .long 0x1000              # kernel_alignment; not relocatable
+        field   0x235 .byte 12                  # min_alignment, as a power of two
+        field   0x238 .long 2047                # cmdline_size
+        field   0x258 .quad 0x100000            # pref_address
+        field   0x260 .long 0xf1000             # init_size: up to the end of the report page
+        .org    0x400
 payload:
         .incbin "guest.bin"
         .balign 16

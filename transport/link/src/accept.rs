@@ -138,7 +138,7 @@ impl Listener {
 
     /// Lets in what may come in, until `stop` is cancelled; then the port is closed and open migrations go on.
     pub async fn serve(self, sessions: Sessions, stop: Cancel) {
-        let mut waiting: VecDeque<(tokio::task::JoinHandle<()>, Option<oneshot::Sender<()>>)> = VecDeque::new();
+        let mut waiting: VecDeque<(tokio::task::JoinHandle<()>, oneshot::Sender<()>)> = VecDeque::new();
         let mut log = Sparing { last: None, unsaid: 0 };
         loop {
             let (stream, from) = tokio::select! {
@@ -162,15 +162,15 @@ impl Listener {
                 continue;
             }
             waiting.retain(|(task, _)| !task.is_finished());
-            if waiting.len() >= self.gate.settings.unauthenticated_max {
-                if let Some((_, leave)) = waiting.pop_front() {
-                    drop(leave);
-                    self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
-                }
+            if waiting.len() >= self.gate.settings.unauthenticated_max
+                && let Some((_, leave)) = waiting.pop_front()
+            {
+                drop(leave);
+                self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             let (stay, leave) = oneshot::channel();
             let task = tokio::spawn(self.gate.clone().meet(stream, from, sessions.clone(), leave));
-            waiting.push_back((task, Some(stay)));
+            waiting.push_back((task, stay));
         }
     }
 

@@ -132,6 +132,8 @@ pub struct TcpLink {
     key: HostKey,
     trusted: TrustedHosts,
     silence_max: Duration,
+    /// Congestion control of the lanes; the system's where none is named.
+    congestion: Option<String>,
     /// The address that answered: lanes go where the control channel went.
     answered: Mutex<Option<SocketAddr>>,
 }
@@ -141,7 +143,13 @@ impl TcpLink {
     /// nothing for `silence_max` is lost.
     #[must_use]
     pub fn new(destination: String, expected: HostId, key: HostKey, trusted: TrustedHosts, silence_max: Duration) -> TcpLink {
-        TcpLink { destination, expected, key, trusted, silence_max, answered: Mutex::new(None) }
+        TcpLink { destination, expected, key, trusted, silence_max, congestion: None, answered: Mutex::new(None) }
+    }
+
+    /// The same with another congestion control for its lanes ("cubic", "bbr") than the system's.
+    #[must_use]
+    pub fn with_congestion(self, name: impl Into<String>) -> TcpLink {
+        TcpLink { congestion: Some(name.into()), ..self }
     }
 
     fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> ConnectError + '_ {
@@ -188,6 +196,9 @@ impl TcpLink {
         set_up(&SockRef::from(&socket), self.silence_max)?;
         if lane {
             set_up_lane(&socket);
+            if let Some(name) = &self.congestion {
+                SockRef::from(&socket).set_tcp_congestion(name.as_bytes())?;
+            }
         }
         match tokio::time::timeout(STEP_MAX, socket.connect(address)).await {
             Ok(stream) => stream,

@@ -125,3 +125,24 @@ impl HostKey {
         Ok(Arc::new(rustls::sign::CertifiedKey::new(vec![public], key)))
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_kept_to_its_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("host.key");
+        let key = HostKey::generate().unwrap();
+        key.save(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(HostKey::load(&path).unwrap().id(), key.id());
+        assert!(matches!(key.save(&path), Err(HostKeyError::Io { doing: "write", .. })), "an existing key was overwritten");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(HostKey::load(&path).unwrap_err().to_string().contains("chmod 600"));
+        assert!(matches!(HostKey::from_pkcs8(b"nonsense"), Err(HostKeyError::Format { .. })));
+        assert_eq!(format!("{key:?}"), format!("HostKey({})", key.id()));
+    }
+}

@@ -84,10 +84,10 @@ impl ReceiveLanes {
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name(format!("lane-in-{number}")).spawn(move || {
             let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0 };
-            if let Err(error) = lane.work() {
-                if !shared.stop.load(Ordering::Relaxed) {
-                    let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "receiving pages", &error) });
-                }
+            if let Err(error) = lane.work()
+                && !shared.stop.load(Ordering::Relaxed)
+            {
+                let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "receiving pages", &error) });
             }
         })?;
         self.threads.push(thread);

@@ -193,10 +193,10 @@ impl<'a> Lane<'a> {
     fn run(lane: Box<dyn LaneSender>, number: u16, shared: &'a Shared) {
         let counts = RoundCounts { round: 0, pages: 0, zero_pages: 0, bytes_on_wire: 0 };
         let mut this = Lane { lane, shared, round: 0, data: Vec::new(), data_pages: 0, zero: Vec::new(), head: Vec::new(), counts, bytes: 0 };
-        if let Err(error) = this.work() {
-            if !shared.stop.load(Ordering::Relaxed) {
-                let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "sending pages", &error) });
-            }
+        if let Err(error) = this.work()
+            && !shared.stop.load(Ordering::Relaxed)
+        {
+            let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "sending pages", &error) });
         }
     }
 

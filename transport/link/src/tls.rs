@@ -402,3 +402,71 @@ fn worded(error: TlsError) -> TlsError {
         other => other,
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    async fn meet(ours: &HostKey, theirs: &HostKey, here: &TrustedHosts, there: &TrustedHosts, expected: HostId) -> (Result<Secured, TlsError>, Result<Secured, TlsError>) {
+        let (mut near, mut far) = tokio::io::duplex(16 << 10);
+        tokio::join!(
+            async {
+                let met = connect(&mut near, ours, here, expected).await;
+                drop(near);
+                met
+            },
+            async {
+                let met = accept(&mut far, theirs, there).await;
+                drop(far);
+                met
+            }
+        )
+    }
+
+    #[tokio::test]
+    async fn each_must_trust_the_other() {
+        let (ours, theirs, third) = (HostKey::generate().unwrap(), HostKey::generate().unwrap(), HostKey::generate().unwrap());
+        let (nobody, all) = (TrustedHosts::default(), TrustedHosts::new([ours.id(), theirs.id(), third.id()]));
+        let (near, far) = meet(&ours, &theirs, &all, &all, theirs.id()).await;
+        assert_eq!((near.unwrap().peer, far.unwrap().peer), (theirs.id(), ours.id()));
+        let (near, far) = meet(&ours, &theirs, &nobody, &all, theirs.id()).await;
+        assert!(matches!(near, Err(TlsError::DestinationUntrusted(id)) if id == theirs.id()));
+        assert!(matches!(far, Err(TlsError::Alert(ALERT_ACCESS_DENIED))));
+        let (near, _) = meet(&ours, &theirs, &all, &all, third.id()).await;
+        assert!(matches!(near, Err(TlsError::DestinationOther { expected, found }) if expected == third.id() && found == theirs.id()));
+        let (_, far) = meet(&ours, &theirs, &all, &nobody, theirs.id()).await;
+        assert!(matches!(far, Err(TlsError::SourceUntrusted(id)) if id == ours.id()));
+        assert!(all.remove(ours.id()) && !all.contains(ours.id()) && !all.remove(ours.id()) && all.insert(ours.id()));
+    }
+
+    #[tokio::test]
+    async fn a_handshake_cut_anywhere_or_garbled_is_an_error_and_no_panic() {
+        let (ours, theirs) = (HostKey::generate().unwrap(), HostKey::generate().unwrap());
+        let all = TrustedHosts::new([ours.id(), theirs.id()]);
+        // What a source says first.
+        let (mut near, mut far) = tokio::io::duplex(16 << 10);
+        let mut hello = Vec::new();
+        let (connected, _) = tokio::join!(
+            async {
+                let _ = tokio::time::timeout(std::time::Duration::from_millis(50), connect(&mut near, &ours, &all, theirs.id())).await;
+                drop(near);
+            },
+            far.read_to_end(&mut hello)
+        );
+        let () = connected;
+        assert!(hello.len() > 100);
+        for number in 0..hello.len() * 2 {
+            let mut bytes = hello.clone();
+            if number < hello.len() {
+                bytes.truncate(number);
+            } else if let Some(byte) = bytes.get_mut(number - hello.len()) {
+                *byte ^= 0x55;
+            }
+            let (mut near, mut far) = tokio::io::duplex(64 << 10);
+            near.write_all(&bytes).await.unwrap();
+            near.shutdown().await.unwrap();
+            assert!(accept(&mut far, &theirs, &all).await.is_err());
+        }
+    }
+}

@@ -1,5 +1,5 @@
 //! A set of pages as a bitmap: what a round has to send, what the guest has written since.
-//! One bit a page, numbered as in [`MemoryMap`](crate::memory::MemoryMap). Not shared memory: `vmm/plug` has that.
+//! One bit a page, numbered as in [`MemoryMap`]. Not shared memory: `vmm/plug` has that.
 
 use crate::memory::{MemoryMap, PAGES_PER_WORD, PageRange};
 

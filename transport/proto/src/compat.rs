@@ -157,10 +157,121 @@ fn check_vmm(vm: &VmDescription, host: &HostOffer, add: &mut impl FnMut(&str, St
         match host.records.iter().find(|(known, _)| known == kind) {
             None => add("record-unknown", format!("its state has records of kind {kind}; the destination's VMM knows none")),
             Some((_, newest)) if newest < version => {
-                let words = format!("its state has records of kind {kind} version {version}; the destination's VMM knows up to {newest}");
+                let words =
+                    format!("its state has records of kind {kind} version {version}; the destination's VMM knows up to {newest}");
                 add("record-newer", words);
             }
             Some(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::identity::VmId;
+    use crate::memory::{Gpa, MemoryMap, Region};
+    use crate::wire::message::NicDescription;
+
+    fn vm() -> VmDescription {
+        let region = Region { gpa: Gpa(0), bytes: 1 << 30, page_bytes: 4096 };
+        VmDescription {
+            id: VmId([5; 16]),
+            name: "web".to_owned(),
+            vcpus: 2,
+            memory: MemoryMap::new(vec![region]).unwrap(),
+            nics: vec![NicDescription {
+                mac: [2, 0, 0, 0, 0, 1],
+                network: "lan".to_owned(),
+                mtu: 1500,
+                vlan: None,
+                addresses: vec![],
+            }],
+            vmm: "limosa".to_owned(),
+            records: vec![(1, 1), (2, 3)],
+            config: vec![],
+        }
+    }
+
+    fn host() -> HostOffer {
+        HostOffer {
+            networks: vec![NetworkOffer { name: "lan".to_owned(), mtu: 1500, broken: None }],
+            memory_bytes_free: 1 << 30,
+            vcpus_max: 2,
+            vmms: vec!["limosa".to_owned()],
+            records: vec![(1, 1), (2, 3)],
+            ..HostOffer::default()
+        }
+    }
+
+    fn found(vm: &VmDescription, host: &HostOffer) -> Vec<(String, String)> {
+        check(vm, host).into_iter().map(|reason| (reason.id, reason.words)).collect()
+    }
+
+    fn one(change: impl FnOnce(&mut VmDescription, &mut HostOffer)) -> (String, String) {
+        let (mut vm, mut host) = (vm(), host());
+        change(&mut vm, &mut host);
+        let mut all = found(&vm, &host);
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.remove(0)
+    }
+
+    #[test]
+    fn a_guest_that_fits_has_no_reason() {
+        assert_eq!(found(&vm(), &host()), []);
+        assert_eq!(refusal(check(&vm(), &host())), None);
+        let unsaid = HostOffer { records: vec![], ..host() };
+        assert_eq!(found(&vm(), &unsaid), [], "a VMM that says nothing of records is asked later");
+    }
+
+    #[test]
+    fn each_reason_has_its_id_and_says_what_is_there() {
+        let (id, words) = one(|vm, _| vm.nics[0].network = "dmz".to_owned());
+        assert_eq!(
+            (id.as_str(), words.as_str()),
+            ("network-missing", "the guest is on the network \"dmz\"; the destination has: \"lan\"")
+        );
+        let (id, words) = one(|_, host| host.networks[0].broken = Some("bridge br0 is missing".to_owned()));
+        assert!(id == "network-broken" && words.contains("bridge br0 is missing"), "{words}");
+        let (id, words) = one(|vm, _| vm.nics[0].mtu = 9000);
+        assert!(id == "network-mtu" && words.contains("9000") && words.contains("1500"), "{words}");
+        let (id, words) = one(|_, host| host.names_taken.push("web".to_owned()));
+        assert!(id == "name-taken" && words.contains("\"web\""), "{words}");
+        assert_eq!(one(|_, host| host.ids_taken.push(VmId([5; 16]))).0, "id-taken");
+        let (id, words) = one(|_, host| host.memory_bytes_free = 1 << 29);
+        assert!(id == "memory-room" && words.contains("1024 MiB") && words.contains("512 MiB"), "{words}");
+        let (id, words) = one(|vm, _| vm.vcpus = 3);
+        assert!(id == "vcpus" && words.contains("1 to 2"), "{words}");
+        assert_eq!(one(|vm, _| vm.vcpus = 0).0, "vcpus");
+        let (id, words) = one(|vm, _| vm.vmm = "qemu".to_owned());
+        assert!(id == "vmm-missing" && words.contains("\"limosa\""), "{words}");
+        assert_eq!(one(|vm, _| vm.records.push((9, 1))).0, "record-unknown");
+        let (id, words) = one(|vm, _| vm.records[1] = (2, 4));
+        assert!(id == "record-newer" && words.contains("version 4") && words.contains("up to 3"), "{words}");
+        let huge = Region { gpa: Gpa(0), bytes: 1 << 30, page_bytes: 2 << 20 };
+        let map = MemoryMap::new(vec![huge]).unwrap();
+        assert_eq!(one(|vm, _| vm.memory = map).0, "memory-page-size");
+        assert_eq!(one(|vm, _| vm.name = "../etc".to_owned()).0, "name-taken");
+    }
+
+    #[test]
+    fn every_reason_is_found_and_the_first_one_gives_the_code() {
+        let host = HostOffer::default();
+        let ids: Vec<String> = check(&vm(), &host).into_iter().map(|reason| reason.id).collect();
+        assert_eq!(ids, ["network-missing", "memory-room", "vcpus", "vmm-missing"]);
+        let refusal = refusal(check(&vm(), &host)).unwrap();
+        assert_eq!((refusal.code, refusal.reasons.len()), (Code::NetworkMissing, 4));
+        assert!(refusal.words().contains("; "));
+    }
+
+    #[test]
+    fn words_stay_within_the_limits_of_a_message() {
+        let mut vm = vm();
+        vm.nics = vec![vm.nics[0].clone(); 64];
+        vm.nics.iter_mut().for_each(|nic| nic.network = "x".repeat(256));
+        let networks = (0..1000).map(|n| NetworkOffer { name: format!("{n}").repeat(60), mtu: 1, broken: None }).collect();
+        let reasons = check(&vm, &HostOffer { networks, ..HostOffer::default() });
+        assert!(reasons.len() <= REASONS_MAX && reasons.iter().all(|reason| reason.words.len() <= WORDS_BYTES_MAX));
     }
 }

@@ -122,8 +122,7 @@ impl Report {
     pub fn new(progress: &Progress, outcome: &SourceOutcome, measured: Measured) -> Report {
         let (kind, code, words, by, guest_runs) = describe(outcome);
         let destination = progress.destination.clone().unwrap_or_default();
-        let cpu_seconds =
-            CpuSeconds { source: measured.source_cpu_seconds, destination: destination.cpu_us as f64 / 1e6 };
+        let cpu_seconds = CpuSeconds { source: measured.source_cpu_seconds, destination: destination.cpu_us as f64 / 1e6 };
         let gib = progress.memory_bytes as f64 / f64::from(1 << 30);
         let sent: u64 = progress.rounds.iter().map(|round| round.pages + round.zero_pages).sum();
         let sending_ms: f64 = progress.rounds.iter().map(|round| round.ms).sum();

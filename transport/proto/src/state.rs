@@ -4,6 +4,7 @@
 use crate::commit::JournalRecordKind;
 use crate::event::{DestinationEvent, SourceEvent};
 use crate::wire::message::Message;
+use serde::{Deserialize, Serialize};
 use std::fmt::{self, Write};
 
 /// What the table says about one state and one input.
@@ -22,7 +23,8 @@ pub enum Rule<S: 'static> {
 macro_rules! nouns {
     ($(#[doc = $doc:literal])+ $name:ident { $($(#[doc = $text:literal])+ $variant:ident,)+ }) => {
         $(#[doc = $doc])+
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
         pub enum $name { $($(#[doc = $text])+ $variant,)+ }
 
         impl $name {
@@ -336,7 +338,7 @@ impl SourceState {
 pub const SOURCE_TABLE: &[(SourceState, SourceInput, &[SourceState])] = {
     use SourceInput as I;
     use SourceState::{
-        Aborting, Committed, Committing, Done, Finalizing, GivingBack, InDoubt, LastRound, OpeningLanes, Precopy, Preamble,
+        Aborting, Committed, Committing, Done, Finalizing, GivingBack, InDoubt, LastRound, OpeningLanes, Preamble, Precopy,
         Preparing, Releasing, Saving, Starting, Stopping, Tracking,
     };
     &[

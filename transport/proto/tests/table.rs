@@ -1,6 +1,7 @@
 //! Both machines against their tables: each is brought into every state, every event is fed there, and what happens
 //! is written down. Also that the graphs in docs/PROTOCOL.md are the tables'.
-#![allow(clippy::unwrap_used, clippy::panic)]
+// The documentation is read and, on demand, written here.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::disallowed_methods)]
 
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::JournalRecordKind as Kind;
@@ -9,7 +10,8 @@ use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
 use limosa_proto::source::{RoundSent, Source, SourceAction, SourceConfig, SourceEvent};
 use limosa_proto::state::{
-    DestinationInput, DestinationState, Rule, SourceInput, SourceState, destination_dot, destination_rule, source_dot, source_rule,
+    DestinationInput, DestinationState, Rule, SourceInput, SourceState, destination_dot, destination_rule, source_dot,
+    source_rule,
 };
 use limosa_proto::time::Instant;
 use limosa_proto::wire::code::Code;
@@ -45,7 +47,14 @@ fn sent(round: u32) -> SourceEvent {
 
 fn accept() -> Message {
     let token = LaneToken([9; 32]);
-    Message::Accept(Accept { version: 1, lanes: 1, plaintext_lanes: false, token, keepalive_ms: 1, destination_build: String::new() })
+    Message::Accept(Accept {
+        version: 1,
+        lanes: 1,
+        plaintext_lanes: false,
+        token,
+        keepalive_ms: 1,
+        destination_build: String::new(),
+    })
 }
 
 /// The way to each state, beginning at the state before it.
@@ -63,7 +72,9 @@ fn source_path(state: SourceState) -> (Option<SourceState>, Vec<SourceEvent>) {
         S::Saving => (Some(S::Stopping), vec![SourceEvent::Paused]),
         S::LastRound => (Some(S::Saving), vec![SourceEvent::Saved(vec![]), dirty()]),
         S::Finalizing => (Some(S::LastRound), vec![sent(2)]),
-        S::Releasing => (Some(S::Finalizing), vec![message(Message::RoundDone { round: 2 }), message(Message::Ready(Default::default()))]),
+        S::Releasing => {
+            (Some(S::Finalizing), vec![message(Message::RoundDone { round: 2 }), message(Message::Ready(Default::default()))])
+        }
         S::Committing => (Some(S::Releasing), vec![SourceEvent::Journaled(Kind::Released)]),
         S::InDoubt => (Some(S::Committing), vec![SourceEvent::LinkLost("gone".to_owned())]),
         S::GivingBack => (Some(S::InDoubt), vec![SourceEvent::Verdict(VerdictAnswer::Discarded)]),
@@ -153,16 +164,25 @@ fn the_source_does_what_its_table_says() {
             source.handle(time, SourceEvent::Message(Message::KeepaliveAck { nonce: 0 }));
             source.handle(time, source_event(*input));
             let after = source.state();
-            let actions: Vec<String> = std::iter::from_fn(|| source.poll()).map(|action| source_action(&action)).filter(not_keepalive).collect();
+            let actions: Vec<String> =
+                std::iter::from_fn(|| source.poll()).map(|action| source_action(&action)).filter(not_keepalive).collect();
             let rule = source_rule(*state, *input);
             match rule {
                 Rule::Ignored => {
                     assert!(after == *state && actions.is_empty(), "{state} + {input}: {after} {actions:?}");
                     continue;
                 }
-                Rule::Next(to) | Rule::Violation(to) | Rule::Misuse(to) => assert!(to.contains(&after), "{state} + {input}: {after}"),
+                Rule::Next(to) | Rule::Violation(to) | Rule::Misuse(to) => {
+                    assert!(to.contains(&after), "{state} + {input}: {after}")
+                }
             }
-            let kind = if matches!(rule, Rule::Violation(_)) { " (violation)" } else if matches!(rule, Rule::Misuse(_)) { " (misuse)" } else { "" };
+            let kind = if matches!(rule, Rule::Violation(_)) {
+                " (violation)"
+            } else if matches!(rule, Rule::Misuse(_)) {
+                " (misuse)"
+            } else {
+                ""
+            };
             if input_of(&source_event(*input)) != *input {
                 panic!("{input} is not what its event is");
             }
@@ -188,7 +208,10 @@ fn promises(before: SourceState, after: SourceState, actions: &[String]) {
     let released = (SourceState::Releasing..=SourceState::InDoubt).contains(&before) || before == SourceState::Committed;
     assert!(!(released && has("Resume")), "{before} -> {after}: {actions:?}");
     assert!(!has("Send(Commit)") || before == SourceState::Releasing, "{before} -> {after}: {actions:?}");
-    assert!(!has("Release") || matches!(before, SourceState::Committing | SourceState::InDoubt), "{before} -> {after}: {actions:?}");
+    assert!(
+        !has("Release") || matches!(before, SourceState::Committing | SourceState::InDoubt),
+        "{before} -> {after}: {actions:?}"
+    );
     if before.is_revocable() && before.is_stopped() && after == SourceState::Aborting {
         assert_eq!(actions[0], "Resume", "{before}: the guest comes first");
     }
@@ -247,9 +270,7 @@ fn destination_event(input: DestinationInput) -> DestinationEvent {
             keepalive_ms: 2000,
             source_build: String::new(),
         }))),
-        I::Record => {
-            message(Message::Record(limosa_proto::record::Record { kind: 1, version: 1, instance: 0, bytes: vec![1] }))
-        }
+        I::Record => message(Message::Record(limosa_proto::record::Record { kind: 1, version: 1, instance: 0, bytes: vec![1] })),
         I::RecordsEnd => message(Message::RecordsEnd { count: 0, bytes: 0, last_round: 2 }),
         I::Commit => message(Message::Commit),
         I::VerdictAsk => message(Message::VerdictAsk { released: true }),
@@ -296,16 +317,27 @@ fn the_destination_does_what_its_table_says() {
             assert_eq!(DestinationInput::of(&event), *input);
             destination.handle(time, event);
             let after = destination.state();
-            let actions: Vec<String> = std::iter::from_fn(|| destination.poll()).map(|action| destination_action(&action)).filter(not_keepalive).collect();
+            let actions: Vec<String> = std::iter::from_fn(|| destination.poll())
+                .map(|action| destination_action(&action))
+                .filter(not_keepalive)
+                .collect();
             let rule = destination_rule(*state, *input);
             match rule {
                 Rule::Ignored => {
                     assert!(after == *state && actions.is_empty(), "{state} + {input}: {after} {actions:?}");
                     continue;
                 }
-                Rule::Next(to) | Rule::Violation(to) | Rule::Misuse(to) => assert!(to.contains(&after), "{state} + {input}: {after}"),
+                Rule::Next(to) | Rule::Violation(to) | Rule::Misuse(to) => {
+                    assert!(to.contains(&after), "{state} + {input}: {after}")
+                }
             }
-            let kind = if matches!(rule, Rule::Violation(_)) { " (violation)" } else if matches!(rule, Rule::Misuse(_)) { " (misuse)" } else { "" };
+            let kind = if matches!(rule, Rule::Violation(_)) {
+                " (violation)"
+            } else if matches!(rule, Rule::Misuse(_)) {
+                " (misuse)"
+            } else {
+                ""
+            };
             text += &format!("{state} + {input}{kind} -> {after}: {}\n", actions.join(" "));
             let has = |what: &str| actions.iter().any(|action| action == what);
             assert!(!has("Resume") || matches!(state, DestinationState::Ready | DestinationState::Resuming), "{state} + {input}");
@@ -317,14 +349,24 @@ fn the_destination_does_what_its_table_says() {
     insta::assert_snapshot!("destination", text);
 }
 
+/// With LIMOSA_UPDATE_DOCS=1 the graphs are written anew.
 #[test]
 fn the_graphs_in_the_documentation_are_the_tables() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/PROTOCOL.md");
-    let text = std::fs::read_to_string(path).unwrap();
-    for dot in [source_dot(), destination_dot()] {
-        if std::env::var_os("LIMOSA_PRINT_DOT").is_some() {
-            std::fs::write(format!("/tmp/limosa-{}.dot", &dot[8..14]), &dot).unwrap();
-        }
-        assert!(text.contains(&format!("```dot\n{dot}```")), "docs/PROTOCOL.md does not have this graph; paste it:\n{dot}");
+    let before = std::fs::read_to_string(path).unwrap();
+    let mut after = before.clone();
+    for (name, dot) in [("source", source_dot()), ("destination", destination_dot())] {
+        let begin = format!("```dot\ndigraph {name} {{");
+        let from = after.find(&begin).unwrap_or_else(|| panic!("docs/PROTOCOL.md has no graph of the {name}"));
+        let to = from + 6 + after[from + 6..].find("```").unwrap();
+        after.replace_range(from..to, &format!("```dot\n{dot}"));
+    }
+    if std::env::var_os("LIMOSA_UPDATE_DOCS").is_some() {
+        std::fs::write(path, &after).unwrap();
+    } else {
+        assert!(
+            before == after,
+            "the graphs in docs/PROTOCOL.md are old: LIMOSA_UPDATE_DOCS=1 cargo test -p limosa-proto --test table"
+        );
     }
 }

@@ -70,7 +70,10 @@ fn every_message() -> Vec<Message> {
             keepalive_ms: 2000,
             destination_build: "limosa 0.1".to_owned(),
         }),
-        Message::Refuse(Refusal { code: Code::Busy, reasons: vec![Reason { id: "busy".to_owned(), words: "2 of 2".to_owned() }] }),
+        Message::Refuse(Refusal {
+            code: Code::Busy,
+            reasons: vec![Reason { id: "busy".to_owned(), words: "2 of 2".to_owned() }],
+        }),
         Message::Prepared { populated_ms: 300 },
         Message::RoundDone { round: 3 },
         Message::Record(Record { kind: 300, version: 1, instance: 2, bytes: vec![1, 2, 3] }),
@@ -111,10 +114,17 @@ fn every_message_has_its_golden_bytes() {
 
 #[test]
 fn every_header_has_its_golden_bytes() {
-    let control = ControlHeader { version: 1, kind: 9, length: 0x1234, crc: 0xDEAD_BEEF, migration: MIGRATION, generation: GENERATION };
+    let control =
+        ControlHeader { version: 1, kind: 9, length: 0x1234, crc: 0xDEAD_BEEF, migration: MIGRATION, generation: GENERATION };
     let preamble = LanePreamble { version: 1, lane: 3, migration: MIGRATION, generation: GENERATION, token: LaneToken([9; 32]) };
-    let pages =
-        LaneHeader { kind: LaneFrameKind::Pages, runs: 2, round: 7, bytes: 5 * 4096, migration: MIGRATION, generation: GENERATION };
+    let pages = LaneHeader {
+        kind: LaneFrameKind::Pages,
+        runs: 2,
+        round: 7,
+        bytes: 5 * 4096,
+        migration: MIGRATION,
+        generation: GENERATION,
+    };
     let barrier = LaneHeader { kind: LaneFrameKind::Barrier, runs: 0, bytes: 0, ..pages };
     let mut runs = Vec::new();
     emit_runs(&[PageRange { first: 3, count: 4 }, PageRange { first: 128, count: 1 }], &mut runs);
@@ -256,7 +266,9 @@ fn runs_must_lie_in_the_memory_and_rise() {
     assert_eq!(parse(Pages, &[(0, 2), (128, 300)], 302 * 4096).unwrap().len(), 2);
     assert!(parse(Zero, &[(0, 100)], 0).is_ok());
     assert!(matches!(parse(Pages, &[(0, 2)], 4096), Err(WireError::Violation(Violation::Mismatch { .. }))));
-    for runs in [[(2, 1), (1, 1)], [(0, 2), (1, 1)], [(99, 2), (128, 1)], [(100, 1), (128, 1)], [(0, 0), (1, 1)], [(0, 1), (428, 1)]] {
+    for runs in
+        [[(2, 1), (1, 1)], [(0, 2), (1, 1)], [(99, 2), (128, 1)], [(100, 1), (128, 1)], [(0, 0), (1, 1)], [(0, 1), (428, 1)]]
+    {
         assert!(matches!(parse(Zero, &runs, 0), Err(WireError::Malformed(Malformed::Run { .. }))), "{runs:?}");
     }
     assert!(parse(Zero, &[(u64::MAX, u64::from(u32::MAX))], 0).is_err());

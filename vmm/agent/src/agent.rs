@@ -9,7 +9,8 @@ use crate::journal::{Journal, JournalError};
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -34,9 +35,9 @@ impl Agent {
     pub(crate) fn open(config: Config) -> Result<(Agent, Vec<String>), ApiError> {
         let refused = |words: String| ApiError::refused("state", words);
         let directory = |path: &Path, mode: u32| {
-            std::fs::create_dir_all(path)
-                .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
-                .map_err(|e| refused(format!("{}: {e}", path.display())))
+            // Only what is made here gets a mode: a directory that was there has its owner's.
+            let made = if path.is_dir() { Ok(()) } else { DirBuilder::new().recursive(true).mode(mode).create(path) };
+            made.map_err(|e| refused(format!("{}: {e}", path.display())))
         };
         directory(&config.state_dir, 0o700)?;
         directory(&config.state_dir.join("vm"), 0o700)?;

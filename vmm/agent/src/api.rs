@@ -400,12 +400,24 @@ impl Client {
     /// # Errors
     /// What the agent answered, or that the connection broke.
     pub fn finish(mut self, mut on_progress: impl FnMut(&Response)) -> Result<Answer, ApiError> {
+        // Once something was begun, an agent that goes away leaves in doubt how it ends.
+        let mut begun = false;
+        let lost = |begun, words: &str| {
+            let exit = if begun { exit::IN_DOUBT } else { exit::REFUSED };
+            Err(ApiError { code: "agent-lost".into(), words: words.into(), exit })
+        };
         loop {
-            match self.next_response()? {
-                Some(Response::Result(answer)) => return Ok(answer),
-                Some(Response::Error(error)) => return Err(error),
-                Some(other) => on_progress(&other),
-                None => return Err(ApiError::refused("agent-lost", "the agent went away before it answered")),
+            match self.next_response() {
+                Ok(Some(Response::Result(answer))) => return Ok(answer),
+                Ok(Some(Response::Error(error))) => return Err(error),
+                Ok(Some(other)) => {
+                    begun |= matches!(other, Response::Progress(_));
+                    on_progress(&other);
+                }
+                Ok(None) => {
+                    return lost(begun, "the agent went away before it answered; `limosa jobs` says more once it is back");
+                }
+                Err(error) => return lost(begun, &error.words),
             }
         }
     }

@@ -11,7 +11,7 @@ use limosa_link::{Cancel, HostError, LaneSettings, Pages, SourceHost, SourceOpti
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::JournalRecord;
-use limosa_proto::event::{Deadlines, SourceConfig, SourceOutcome};
+use limosa_proto::event::{Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::MigrationId;
 use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
@@ -240,6 +240,9 @@ fn ending(outcome: &SourceOutcome, report: Report) -> Ending {
     let (state, words) = match outcome {
         SourceOutcome::Committed => (JobState::Done, String::new()),
         SourceOutcome::Refused(refusal) => (JobState::Refused, refusal.words()),
+        SourceOutcome::Aborted { words, guest_runs: true, by: Side::Destination, .. } => {
+            (JobState::Aborted, format!("the destination gave up: {words}"))
+        }
         SourceOutcome::Aborted { words, guest_runs: true, .. } => (JobState::Aborted, words.clone()),
         SourceOutcome::Aborted { words, .. } => {
             (JobState::Aborted, format!("{words}; and the guest could NOT be resumed: look after its VMM on this host"))

@@ -2,7 +2,6 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use limosa_agent::checked::parse_size;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,8 +44,10 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE", help = "Its configuration [default: /etc/limosa/agent.toml, if it exists]")]
         config: Option<PathBuf>,
         /// Only check the configuration
-        #[arg(long)]
+        #[arg(long, overrides_with = "no_check")]
         check: bool,
+        #[arg(long, hide = true)]
+        no_check: bool,
     },
     /// Run one guest (the agent starts this)
     Vmm(VmmArgs),
@@ -61,15 +62,19 @@ pub(crate) enum Command {
     /// Migrations of this host
     Jobs {
         /// Go on showing them until none is at work
-        #[arg(long)]
+        #[arg(long, overrides_with = "no_watch")]
         watch: bool,
+        #[arg(long, hide = true)]
+        no_watch: bool,
     },
     /// One migration: how far it is, or its report
     Job {
         id: u64,
         /// Go on showing it until it ends
-        #[arg(long)]
+        #[arg(long, overrides_with = "no_watch")]
         watch: bool,
+        #[arg(long, hide = true)]
+        no_watch: bool,
     },
     /// Stop a migration; the guest runs on at the source
     Cancel { id: u64 },
@@ -172,8 +177,10 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
     /// Show what would be done, and do nothing
-    #[arg(long)]
+    #[arg(long, overrides_with = "no_print_plan")]
     pub(crate) print_plan: bool,
+    #[arg(long, hide = true)]
+    pub(crate) no_print_plan: bool,
 }
 
 /// Which link carries the pages.
@@ -201,12 +208,11 @@ pub(crate) struct DemoArgs {
     /// How fast the guest writes to its memory, in bytes a second
     #[arg(long, value_parser = size, default_value = "20MB/s")]
     pub(crate) dirty: u64,
-    /// Address of the guest in the demo's own network
-    #[arg(long, default_value = "10.13.56.5", hide = true)]
-    pub(crate) address: IpAddr,
     /// Keep the demo's directory and say where it is
-    #[arg(long)]
+    #[arg(long, overrides_with = "no_keep")]
     pub(crate) keep: bool,
+    #[arg(long, hide = true)]
+    pub(crate) no_keep: bool,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -260,6 +266,22 @@ mod tests {
             }
         }
         walk(&Cli::command(), "");
+    }
+
+    #[test]
+    fn each_switch_can_be_taken_back() {
+        fn walk(command: &clap::Command, path: &str) {
+            let switch = |arg: &&clap::Arg| matches!(arg.get_action(), clap::ArgAction::SetTrue) && arg.get_id() != "incoming";
+            let names: Vec<&str> = command.get_arguments().filter(switch).filter_map(clap::Arg::get_long).collect();
+            for name in names.iter().filter(|name| !name.starts_with("no-")) {
+                assert!(names.contains(&format!("no-{name}").as_str()), "{path} --{name}");
+            }
+            command.get_subcommands().for_each(|sub| walk(sub, &format!("{path} {}", sub.get_name())));
+        }
+        walk(&Cli::command(), "limosa");
+        let Command::Jobs { watch, .. } = parse("jobs --watch --no-watch").unwrap().command else { unreachable!() };
+        assert!(!watch);
+        assert!(!parse("--json jobs --no-json").unwrap().json);
     }
 
     #[test]

@@ -31,13 +31,13 @@ fn main() -> ExitCode {
 
 fn run(context: &Context, command: Command) -> Ended {
     match command {
-        Command::Agent { config, check } => commands::agent::run(context, config.as_deref(), check),
+        Command::Agent { config, check, .. } => commands::agent::run(context, config.as_deref(), check),
         Command::Vmm(args) => vmm::run(&args),
         Command::Vm(command) => commands::vm::run(context, command),
         Command::Host(command) => commands::host::run(context, command),
         Command::Migrate(args) => commands::migrate::run(context, &args),
-        Command::Jobs { watch } => commands::jobs::list(context, watch),
-        Command::Job { id, watch } => commands::jobs::show(context, id, watch),
+        Command::Jobs { watch, .. } => commands::jobs::list(context, watch),
+        Command::Job { id, watch, .. } => commands::jobs::show(context, id, watch),
         Command::Cancel { id } => context.ask_done(&Request::Cancel { id }),
         Command::Verdict { id } => commands::jobs::verdict(context, id),
         Command::Announce { vm } => commands::announce::run(context, vm),

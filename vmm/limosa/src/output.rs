@@ -154,8 +154,13 @@ pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
             ),
         ),
     ]);
-    for (index, words) in report.announcements.iter().enumerate() {
-        rows.push((if index == 0 { "announced".into() } else { String::new() }, words.clone()));
+    let first = |words: &&String| words.starts_with("round 0 ");
+    let shown: Vec<&String> = report.announcements.iter().filter(first).collect();
+    for (index, words) in shown.iter().enumerate() {
+        rows.push((if index == 0 { "announced".into() } else { String::new() }, (*words).clone()));
+    }
+    if let more @ 1.. = report.announcements.len() - shown.len() {
+        rows.push((String::new(), format!("and {more} more in the rounds after it")));
     }
     rows
 }

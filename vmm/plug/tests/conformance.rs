@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 #[path = "../../../tests/rig/skip.rs"]
+#[allow(unreachable_pub)]
 mod skip;
 
 #[path = "../examples/scribbler.rs"]

@@ -1,6 +1,6 @@
 //! Toy hosts: guest memory of atomic words, a thread that writes it, journals in memory, faults on demand.
 //! No VMM and no file; what the driver and the lanes do with them is real.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;

@@ -129,7 +129,8 @@ impl Running {
                 core.report.cpu_us = cpu_us;
                 core.report.announcements =
                     announcements.iter().take(ANNOUNCEMENTS_MAX).map(|line| fit(line, WORDS_BYTES_MAX)).collect();
-                while core.report.announcements.iter().map(|line| line.len() + 3).sum::<usize>() > crate::record::RECORD_BYTES_MAX {
+                while core.report.announcements.iter().map(|line| line.len() + 3).sum::<usize>() > crate::record::RECORD_BYTES_MAX
+                {
                     core.report.announcements.pop();
                 }
             }

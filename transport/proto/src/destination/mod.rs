@@ -1,13 +1,11 @@
 //! The destination's half of the engine: takes events and the time, gives actions. What each state does is in
-//! [`receiving`] (until everything is loaded) and [`ending`] (ready, running, discarded).
+//! `receiving` (until everything is loaded) and `ending` (ready, running, discarded).
 //! It receives no page, opens no socket and writes no journal.
 
 mod ending;
 mod receiving;
 
-pub use crate::event::{
-    Deadlines, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, HostTask, Side,
-};
+pub use crate::event::{Deadlines, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, HostTask, Side};
 
 use crate::commit::{JournalRecord, JournalRecordKind};
 use crate::error::Misuse;

@@ -51,7 +51,10 @@ pub(super) fn listening(core: &mut Core, event: DestinationEvent) -> State {
 fn grant(core: &Core, hello: &Hello) -> Result<Asked, Refusal> {
     let Some(version) = version::choose(&hello.versions) else {
         let (theirs, ours) = (&hello.versions, version::offer());
-        let words = format!("the source ({}) speaks the versions {theirs:?} of the protocol, the destination {ours:?}", hello.source_build);
+        let words = format!(
+            "the source ({}) speaks the versions {theirs:?} of the protocol, the destination {ours:?}",
+            hello.source_build
+        );
         return Err(Refusal::one(Code::Version, words));
     };
     if hello.plaintext_lanes && !core.config.plaintext_allowed {
@@ -60,7 +63,10 @@ fn grant(core: &Core, hello: &Hello) -> Result<Asked, Refusal> {
     }
     if core.memory_bytes > core.config.memory_bytes_max {
         let (wants, most) = (core.memory_bytes >> 20, core.config.memory_bytes_max >> 20);
-        return Err(Refusal::one(Code::NoRoom, format!("the guest has {wants} MiB of memory; the destination takes at most {most} MiB")));
+        return Err(Refusal::one(
+            Code::NoRoom,
+            format!("the guest has {wants} MiB of memory; the destination takes at most {most} MiB"),
+        ));
     }
     let lanes = hello.lanes.clamp(1, core.config.lanes_max);
     Ok(Asked { version, lanes, plaintext: hello.plaintext_lanes })

@@ -44,7 +44,7 @@ pub(super) struct Committed {
 /// Gives up before the commit point, coming from `state`.
 pub(super) fn abort(core: &mut Core, state: &SourceState, code: Code, words: &str, by: Side) -> State {
     let words = fit(words, WORDS_BYTES_MAX);
-    let resuming = state.is_stopped();
+    let resuming = state.is_stopped() && !core.guest_ended;
     if resuming {
         core.act(SourceAction::Resume);
     }
@@ -54,7 +54,7 @@ pub(super) fn abort(core: &mut Core, state: &SourceState, code: Code, words: &st
     close(core, &words);
     let until = core.now.after(core.config.deadlines.finish);
     core.deadline = Some(until);
-    let outcome = SourceOutcome::Aborted { code, words, by, guest_runs: true };
+    let outcome = SourceOutcome::Aborted { code, words, by, guest_runs: !core.guest_ended };
     State::Aborting(Aborting { outcome, resuming, writing: true, until })
 }
 
@@ -240,7 +240,9 @@ impl Committed {
                 core.progress.destination = Some(report);
                 self.listening = false;
             }
-            SourceEvent::LinkLost(words) | SourceEvent::PeerFault { words, .. } | SourceEvent::Message(Message::Abort { words, .. }) => {
+            SourceEvent::LinkLost(words)
+            | SourceEvent::PeerFault { words, .. }
+            | SourceEvent::Message(Message::Abort { words, .. }) => {
                 if self.listening {
                     core.warn(format!("the destination's report is missing: {words}"));
                 }

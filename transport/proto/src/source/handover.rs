@@ -69,7 +69,9 @@ fn check_records(records: &[Record]) -> Result<u64, String> {
     let bytes: usize = records.iter().map(|record| record.bytes.len()).sum();
     if records.len() > RECORDS_MAX || bytes > STATE_BYTES_MAX {
         let count = records.len();
-        return Err(format!("its state is {count} records of {bytes} bytes; at most {RECORDS_MAX} of {STATE_BYTES_MAX} are sent"));
+        return Err(format!(
+            "its state is {count} records of {bytes} bytes; at most {RECORDS_MAX} of {STATE_BYTES_MAX} are sent"
+        ));
     }
     match records.iter().find(|record| record.bytes.len() > RECORD_BYTES_MAX) {
         Some(record) => Err(format!("{record:?} is larger than {RECORD_BYTES_MAX} bytes")),

@@ -1,5 +1,5 @@
 //! The source's half of the engine: takes events and the time, gives actions. What each state does is in
-//! [`rounds`] (until the guest is stopped), [`handover`] (until it is committed) and [`ending`] (doubt and clean-up).
+//! `rounds` (until the guest is stopped), `handover` (until it is committed) and `ending` (doubt and clean-up).
 //! It moves no page, opens no socket and writes no journal.
 
 mod ending;
@@ -64,6 +64,8 @@ struct Core {
     deadline: Option<Instant>,
     /// Whether dirty tracking was asked for.
     tracking: bool,
+    /// Whether the guest itself ended, so that there is nothing left to resume.
+    guest_ended: bool,
     /// When the current round began.
     round_since: Instant,
     /// When the first round began.
@@ -217,6 +219,7 @@ impl Core {
             keepalive: Keepalive::new(now, interval, silence),
             deadline: None,
             tracking: false,
+            guest_ended: false,
             round_since: now,
             rounds_since: now,
             round_done: 0,
@@ -244,6 +247,10 @@ impl Core {
             SourceEvent::LinkLost(words) => {
                 self.keepalive.lose();
                 Some(SourceEvent::LinkLost(words))
+            }
+            SourceEvent::HostFailed { task, words } => {
+                self.guest_ended |= task == HostTask::Guest;
+                Some(SourceEvent::HostFailed { task, words })
             }
             other => Some(other),
         }

@@ -219,7 +219,10 @@ impl Core {
     pub(super) fn moving(&mut self, sent: RoundSent) {
         let gone = sent.pages.saturating_add(sent.zero_pages);
         let remaining = self.progress.round_pages.saturating_sub(gone);
-        if remaining < self.progress.pages_remaining && self.deadline.is_some() && self.progress.state == super::SourceState::Precopy {
+        if remaining < self.progress.pages_remaining
+            && self.deadline.is_some()
+            && self.progress.state == super::SourceState::Precopy
+        {
             self.patience(self.config.deadlines.stall);
         }
         self.progress.pages_remaining = remaining.min(self.progress.pages_remaining);

@@ -306,7 +306,11 @@ impl LaneHeader {
         let has_runs = matches!(kind, LaneFrameKind::Pages | LaneFrameKind::Zero);
         meant("the runs of a lane frame", header.runs.into(), has_runs == (header.runs > 0))?;
         let has_bytes = kind == LaneFrameKind::Pages;
-        meant("the bytes of a lane frame", header.bytes, has_bytes == (header.bytes > 0) && header.bytes.is_multiple_of(PAGE_BYTES))?;
+        meant(
+            "the bytes of a lane frame",
+            header.bytes,
+            has_bytes == (header.bytes > 0) && header.bytes.is_multiple_of(PAGE_BYTES),
+        )?;
         Ok(header)
     }
 

@@ -294,8 +294,7 @@ fn lines<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
 }
 
 fn decode<T: DeserializeOwned>(what: &'static str, body: &[u8]) -> Result<T, Malformed> {
-    let (value, rest) =
-        postcard::take_from_bytes(body).map_err(|error| Malformed::Body { what, words: error.to_string() })?;
+    let (value, rest) = postcard::take_from_bytes(body).map_err(|error| Malformed::Body { what, words: error.to_string() })?;
     if rest.is_empty() {
         return Ok(value);
     }
@@ -340,8 +339,23 @@ impl Message {
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
         const NAMES: [&str; 17] = [
-            "unknown", "Hello", "Accept", "Refuse", "Prepared", "RoundDone", "Record", "RecordsEnd", "Ready", "Commit",
-            "Running", "Finished", "Abort", "Keepalive", "KeepaliveAck", "VerdictAsk", "Verdict",
+            "unknown",
+            "Hello",
+            "Accept",
+            "Refuse",
+            "Prepared",
+            "RoundDone",
+            "Record",
+            "RecordsEnd",
+            "Ready",
+            "Commit",
+            "Running",
+            "Finished",
+            "Abort",
+            "Keepalive",
+            "KeepaliveAck",
+            "VerdictAsk",
+            "Verdict",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
     }

@@ -94,7 +94,8 @@ fn a_guest_moves() {
     let json = serde_json::to_string(&report).unwrap();
     let again: Report = serde_json::from_str(&json).unwrap();
     assert_eq!((again.outcome, again.rounds, &again.announcements), (report.outcome, 3, &report.announcements));
-    let kinds: Vec<_> = world.journals.iter().map(|journal| journal.iter().map(|record| record.kind).collect::<Vec<_>>()).collect();
+    let kinds: Vec<_> =
+        world.journals.iter().map(|journal| journal.iter().map(|record| record.kind).collect::<Vec<_>>()).collect();
     use JournalRecordKind::{Ready, Released, Running, Started};
     assert_eq!(kinds, [vec![Started, Released, Running], vec![Ready, Running]]);
 }
@@ -110,7 +111,9 @@ fn an_idle_guest_needs_one_round() {
 
 #[test]
 fn a_guest_that_writes_too_fast_is_stopped_or_left() {
-    for (policy, downtime_max) in [(NoConvergence::LongerDowntime, 2000), (NoConvergence::LongerDowntime, 30), (NoConvergence::Abort, 2000)] {
+    for (policy, downtime_max) in
+        [(NoConvergence::LongerDowntime, 2000), (NoConvergence::LongerDowntime, 30), (NoConvergence::Abort, 2000)]
+    {
         let mut world = World::new();
         (world.writes_per_ms, world.working_set) = (300, 2500);
         world.config.policy.on_no_convergence = policy;
@@ -430,6 +433,25 @@ fn a_late_commit_is_not_accepted_after_discarded() {
         actions.push(format!("{action:?}"));
     }
     assert!(actions.iter().any(|action| action == "Send(Verdict(Discarded))"), "{actions:?}");
+}
+
+#[test]
+fn a_guest_that_ends_is_not_said_to_run() {
+    for state in [SourceState::Precopy, SourceState::Saving] {
+        let mut world = until(state);
+        let now = world.now;
+        let source = world.source.as_mut().unwrap();
+        let words = "it shut down".to_owned();
+        source.handle(now, SourceEvent::HostFailed { task: limosa_proto::source::HostTask::Guest, words });
+        source.handle(now, SourceEvent::Journaled(JournalRecordKind::Aborted));
+        let actions: Vec<_> = std::iter::from_fn(|| source.poll()).collect();
+        assert!(!actions.contains(&limosa_proto::source::SourceAction::Resume), "{actions:?}");
+        let Some(limosa_proto::source::SourceAction::Done(SourceOutcome::Aborted { guest_runs, words, .. })) = actions.last()
+        else {
+            panic!("{actions:?}")
+        };
+        assert!(!guest_runs && words.contains("it shut down"), "{words}");
+    }
 }
 
 #[test]

@@ -47,7 +47,11 @@ enum Item {
     Closed(Side, u64),
     Source(SourceAction),
     Destination(DestinationAction),
-    Round { round: u32, pages: Vec<(u64, u64)>, sent: RoundSent },
+    Round {
+        round: u32,
+        pages: Vec<(u64, u64)>,
+        sent: RoundSent,
+    },
     Restart(Side),
 }
 
@@ -216,7 +220,8 @@ impl World {
         let bound = self.now.after(Duration::from_secs(600));
         while !self.is_over() && self.stop_at.is_none_or(|stop| self.steps < stop) {
             let next = self.queue.keys().next().map(|(time, _)| *time);
-            let timers = [self.source.as_ref().and_then(Source::timeout), self.destination.as_ref().and_then(Destination::timeout)];
+            let timers =
+                [self.source.as_ref().and_then(Source::timeout), self.destination.as_ref().and_then(Destination::timeout)];
             let Some(time) = timers.into_iter().flatten().chain(next).min() else { panic!("nothing will ever happen: {self:?}") };
             assert!(time < bound, "it takes for ever: {self:?}");
             self.pass(time);
@@ -318,7 +323,8 @@ impl World {
     }
 
     fn crash(&mut self, side: Side, durable: bool) {
-        let living = if side == Side::Source { self.outcome.is_none() } else { self.destination.as_ref().is_some_and(|d| !d.is_done()) };
+        let living =
+            if side == Side::Source { self.outcome.is_none() } else { self.destination.as_ref().is_some_and(|d| !d.is_done()) };
         if !living {
             return;
         }
@@ -464,8 +470,11 @@ impl World {
             return;
         }
         // The values as they are at the round's begin: the stalest that lanes could send.
-        let values: Vec<(u64, u64)> =
-            pages.runs().flat_map(|run| run.first..run.end()).map(|page| (page, self.memory[usize::try_from(page).unwrap()])).collect();
+        let values: Vec<(u64, u64)> = pages
+            .runs()
+            .flat_map(|run| run.first..run.end())
+            .map(|page| (page, self.memory[usize::try_from(page).unwrap()]))
+            .collect();
         let count = values.len() as u64;
         let sent = RoundSent { round, pages: count, zero_pages: 0, bytes_on_wire: count * 4096 };
         let took = Duration::from_nanos(count * 1_000_000 / self.pages_per_ms);
