@@ -40,7 +40,9 @@ fn limosa_vmm_conforms() {
         let socket = lab.a.file("plug.sock");
         let options = Options { bridges: vec![("lan".into(), "br0".into())], ..Options::default() };
         conforms(&socket, &options, |role, token| {
-            let mut command = lab.a.netns.command(limosa_bin()?);
+            // Each on a host of its own: the name of a TAP is made from the guest's id.
+            let host = if role == Role::Incoming { &lab.b } else { &lab.a };
+            let mut command = host.netns.command(limosa_bin()?);
             command.arg("vmm").arg("--plug").arg(&socket).args(["--token", &hex(token)]);
             match role {
                 Role::Running => command.arg("--config").arg(&config).args(["--bridge", "lan=br0"]),
@@ -48,7 +50,8 @@ fn limosa_vmm_conforms() {
             };
             Ok(command)
         })?;
-        lab.settled(&lab.a, 0)
+        lab.settled(&lab.a, 0)?;
+        lab.settled(&lab.b, 0)
     });
 }
 

@@ -1,6 +1,5 @@
 /* What the parts of the guest share. README.md says what the guest is for and documents everything a host can see. */
-#ifndef GUEST_H
-#define GUEST_H
+#pragma once
 #include <stdint.h>
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -24,12 +23,12 @@ struct report {
     u64 uptime_us, kvmclock_ns;
     u32 tsc_khz, clock_backwards, sequential, ip;
     u8 mac[6], net, reserved;
-} __attribute__((packed));
+};
+_Static_assert(sizeof(struct report) == 184, "hosts know its layout");
 extern struct report report;
 
 struct config {
-    u64 ws, fill, dirty; /* bytes, bytes, bytes a second; or ALL */
-    u32 heartbeat_ms, mmio[8], mmio_count;
+    u64 ws, fill, dirty, heartbeat_ms; /* bytes, bytes, bytes a second, or ALL */
     u64 low_end, high_base, high_end; /* RAM that may be used: LOW_START..low_end and high_base..high_end */
 };
 extern struct config config;
@@ -50,21 +49,14 @@ static inline u64 scale(u64 d, u32 m) { return (d >> 32) * m + (((d & 0xffffffff
 static inline u64 min64(u64 a, u64 b) { return a < b ? a : b; }
 static inline u64 max64(u64 a, u64 b) { return a > b ? a : b; }
 
-void boot_read(u32 pvh, u32 info);                  /* boot.c */
-void console_init(void);                            /* console.c */
+void machine_init(u32 start_info, u32 boot_params); /* machine.c */
 void put(const char *format, ...);
-void console_poll(void);
-void console_flush(void);
-u32 console_idle(void);
+u32 console_poll(void);
 void console_input(void);
-void fail(const char *why, u64 value) __attribute__((noreturn));
-void clock_init(void);                              /* clock.c */
 u64 clock_us(void);
 void clock_check(void);
-void clock_sleep(void);
-void net_init(void);                                /* net.c */
+void fail(const char *why, u64 value) __attribute__((noreturn));
+void clock_sleep(void);                             /* start.S */
+void net_init(u32 address);                         /* net.c */
 u32 net_poll(void);
 void publish(void);                                 /* main.c */
-u32 window_open(u64 gpa);                           /* paging.c */
-void window_close(void);
-#endif

@@ -3,23 +3,18 @@
         .org    \offset
         \kind   \value
         .endm
-        .text
         field   0x1f1 .byte 1                   # setup_sects beside the first
         field   0x1f4 .long (payload_end - payload) / 16
         field   0x1fe .word 0xaa55
         field   0x200 .word 0x66eb              # a jump to where the header ends, which tells its size
-        field   0x202 .ascii "HdrS"
+        field   0x202 .long 0x53726448        # HdrS
         field   0x206 .word 0x20c
         field   0x211 .byte 1                   # LOADED_HIGH
         field   0x214 .long 0x100000            # code32_start
-        field   0x22c .long 0x7fffffff          # initrd_addr_max
-        field   0x230 .long 0x1000              # kernel_alignment; not relocatable
-        field   0x235 .byte 12                  # min_alignment, as a power of two
         field   0x238 .long 2047                # cmdline_size
         field   0x258 .quad 0x100000            # pref_address
         field   0x260 .long 0xf1000             # init_size: up to the end of the report page
         .org    0x400
 payload:
         .incbin "guest.bin"
-        .balign 16
 payload_end:

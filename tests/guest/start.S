@@ -1,59 +1,45 @@
-# Entry points, descriptor table and interrupt stubs of the guest. 32-bit protected mode, paging off, no FPU.
+# Entry points, descriptor tables and the sleep of the guest. 32-bit protected mode, paging off, no FPU.
 # The image is flat and linked at 0x100000: a bzImage loader enters at its first byte (ESI = boot_params),
 # a PVH loader at 0x100010 (EBX = hvm_start_info).
         .section .note.pvh, "a", @note
+        .balign 4
         .long   4, 4, 18                # "Xen", 4 bytes, XEN_ELFNOTE_PHYS32_ENTRY
         .asciz  "Xen"
         .long   pvh_entry
 
         .section .head, "ax"
-        .globl  pvh_entry
-        movl    $0, %ebp
-        jmp     enter
-        .org    0x10
+        .globl  pvh_entry, clock_sleep
+head:   xorl    %ebx, %ebx
+        .balign 16, 0x90
 pvh_entry:
-        movl    %ebx, %esi
-        movl    $1, %ebp
-enter:  cli
-        cld
+        cld                             # both loaders enter with flat segments and interrupts off
         lgdt    gdt_pointer
-        ljmp    $8, $1f
-1:      movl    $16, %eax
-        movl    %eax, %ds
-        movl    %eax, %es
-        movl    %eax, %ss
-        movl    $bss_start, %edi        # a bzImage loader, and a reboot, leave rubbish in bss
-        movl    $bss_end, %ecx
-        subl    %edi, %ecx
-        shrl    $2, %ecx
-        xorl    %eax, %eax
-        rep stosl
+        lidt    idt_pointer
         movl    $stack_end, %esp
         pushl   %esi
-        pushl   %ebp
+        pushl   %ebx
         call    guest_main
 
-        .globl  irq_stub, trap_stub, sleep_until_irq
-sleep_until_irq:
+clock_sleep:                            # HLT for about 1 ms (the LAPIC timer of every hypervisor known runs at 1 GHz)
+        movl    $1000000, 0xfee00380
         sti
         hlt
-sleep_done:
-        cli
+1:      cli
         ret
 irq_stub:                               # interrupts are on only in the HLT above, so the way back is known;
         movl    $0, 0xfee000b0          # EOI
         addl    $12, %esp               # and IRET is what KVM's emulator lacks in protected mode
-        jmp     sleep_done
-trap_stub:                              # any exception: the top of the stack is an error code or EIP, then EIP or CS
-        pushl   $exception
-        call    fail
+        jmp     1b
 
         .balign 8
-gdt:    .quad   0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+gdt:    .quad   0, 0x00cf9b000000ffff   # CS of the interrupt
 gdt_pointer:
         .word   gdt_pointer - gdt - 1
         .long   gdt
-exception:
-        .asciz  "exception, top of stack"
+idt:    .skip   32 * 8                  # no exceptions: one resets the machine
+        .word   irq_stub - head, 8, 0x8e00, 0x10        # 0x10: the image is linked at 0x100000
+idt_pointer:
+        .word   idt_pointer - idt - 1
+        .long   idt
         .lcomm  stack, 8192
         .set    stack_end, stack + 8192

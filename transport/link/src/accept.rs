@@ -1,6 +1,7 @@
 //! The TCP port: who is let in, in this order: address, key, first words. Every step is bounded in time and bytes.
 //! What is let in goes to the table of sessions.
 
+use crate::Control;
 use crate::control::{Early, Plain};
 use crate::driver::Cancel;
 use crate::host::Peer;
@@ -8,7 +9,6 @@ use crate::key::HostKey;
 use crate::sessions::Sessions;
 use crate::tcp::{PlainReceiver, SecureReceiver, set_up, set_up_lane};
 use crate::tls::{self, Secured, TlsError, TrustedHosts};
-use crate::Control;
 use limosa_proto::allow::AllowList;
 use limosa_proto::wire::frame::{LANE_MAGIC, LANE_PREAMBLE_BYTES, LanePreamble};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -237,7 +237,10 @@ impl Gate {
 
     async fn plaintext(&self, stream: &mut TcpStream) -> Result<Known, TlsError> {
         if !self.settings.plaintext_lanes {
-            return Err(TlsError::Io(io::Error::new(io::ErrorKind::InvalidData, "it does not begin with TLS, and plaintext lanes are off here")));
+            return Err(TlsError::Io(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it does not begin with TLS, and plaintext lanes are off here",
+            )));
         }
         let mut bytes = [0; LANE_PREAMBLE_BYTES];
         stream.read_exact(&mut bytes).await?;

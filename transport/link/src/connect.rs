@@ -156,7 +156,11 @@ impl TcpLink {
         move |error| ConnectError::Io { destination: self.destination.clone(), doing, error }
     }
 
-    async fn within<T>(&self, doing: &'static str, work: impl Future<Output = Result<T, ConnectError>>) -> Result<T, ConnectError> {
+    async fn within<T>(
+        &self,
+        doing: &'static str,
+        work: impl Future<Output = Result<T, ConnectError>>,
+    ) -> Result<T, ConnectError> {
         tokio::time::timeout(STEP_MAX, work)
             .await
             .unwrap_or_else(|_| Err(ConnectError::Timeout { destination: self.destination.clone(), doing, after: STEP_MAX }))
@@ -212,7 +216,9 @@ impl TcpLink {
         let work = async {
             tls::connect(stream, &self.key, &self.trusted, self.expected).await.map_err(|error| match error {
                 TlsError::Silent => ConnectError::NotAllowed { destination: destination(), address },
-                TlsError::Alert(ALERT_ACCESS_DENIED) => ConnectError::KeyRefused { destination: destination(), id: self.key.id() },
+                TlsError::Alert(ALERT_ACCESS_DENIED) => {
+                    ConnectError::KeyRefused { destination: destination(), id: self.key.id() }
+                }
                 TlsError::Alert(crate::accept::ALERT_CROWDED) => ConnectError::Crowded { destination: destination() },
                 error => ConnectError::Tls { destination: destination(), error },
             })
@@ -261,7 +267,9 @@ impl TcpLink {
             return Ok((None, answer));
         };
         let mut sealed = Vec::new();
-        sealer.seal(&mut sealed, bytes.len(), |plain| plain.copy_from_slice(&bytes)).map_err(|error| self.io(doing)(error.into()))?;
+        sealer
+            .seal(&mut sealed, bytes.len(), |plain| plain.copy_from_slice(&bytes))
+            .map_err(|error| self.io(doing)(error.into()))?;
         stream.write_all(&sealed).await.map_err(self.io(doing))?;
         let mut plain = Plain { read: stream, opener: Some(opener), sealed: early, opened: Vec::new() };
         plain.fill(LANE_ANSWER_BYTES).await.map_err(|error| match error {

@@ -135,7 +135,12 @@ impl Drop for Control {
     }
 }
 
-async fn write_all(mut write: impl AsyncWrite + Unpin, mut waiting: mpsc::UnboundedReceiver<Vec<u8>>, queued: Arc<AtomicUsize>, mut sealer: Option<Sealer>) {
+async fn write_all(
+    mut write: impl AsyncWrite + Unpin,
+    mut waiting: mpsc::UnboundedReceiver<Vec<u8>>,
+    queued: Arc<AtomicUsize>,
+    mut sealer: Option<Sealer>,
+) {
     let mut plain = Vec::new();
     let mut sealed = Vec::new();
     while let Some(first) = waiting.recv().await {

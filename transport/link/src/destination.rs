@@ -31,6 +31,8 @@ use tokio::time::Instant as Moment;
 enum Inner {
     Event(DestinationEvent),
     Prepared(ReceiveLanes, u32),
+    /// The lanes have ended and the state is loaded.
+    Loaded(Option<ReceiveLanes>),
 }
 
 struct Driver {
@@ -69,7 +71,8 @@ pub(crate) async fn run(
     let tag = Tag { migration: place.migration, generation: place.generation };
     let cpu_ns = Arc::new(AtomicU64::new(0));
     let made = Destination::new(now(), config).map_err(|error| error.to_string()).and_then(|engine| {
-        let host = Hosted::start("destination-host", host, cpu_ns.clone()).map_err(|error| format!("no thread for the host: {error}"))?;
+        let host = Hosted::start("destination-host", host, cpu_ns.clone())
+            .map_err(|error| format!("no thread for the host: {error}"))?;
         Ok((engine, host))
     });
     let (engine, host) = match made {
@@ -115,7 +118,7 @@ pub(crate) async fn run(
         driver.show();
         let timer = driver.engine.timeout();
         let held = driver.held.as_ref().map(|(at, _)| *at);
-        let receiving = driver.lanes.is_some();
+        let receiving = driver.lanes.is_some() && driver.engine.state() <= DestinationState::Receiving;
         tokio::select! {
             biased;
             Some(inner) = inners.recv() => counted(&cpu_ns, || driver.inner(inner)),
@@ -143,9 +146,13 @@ pub(crate) async fn run(
     }
     // What was asked of the host last, above all Discard, is done before the place is free again.
     let (say, said) = oneshot::channel();
-    driver.host.call(HostTask::Discard, |_| Ok(()), |_: Called<()>| {
-        let _ = say.send(());
-    });
+    driver.host.call(
+        HostTask::Discard,
+        |_| Ok(()),
+        |_: Called<()>| {
+            let _ = say.send(());
+        },
+    );
     let _ = tokio::time::timeout(HOST_END_MAX, said).await;
     drop(driver);
     if let Some(done) = done {
@@ -173,6 +180,10 @@ impl Driver {
     fn inner(&mut self, inner: Inner) {
         match inner {
             Inner::Event(event) => self.feed(event),
+            Inner::Loaded(lanes) => {
+                self.lanes = lanes;
+                self.feed(DestinationEvent::Loaded);
+            }
             Inner::Prepared(lanes, populated_ms) => {
                 // An engine that has given up meanwhile has sent its Discard behind this.
                 self.lanes = Some(lanes);
@@ -275,15 +286,22 @@ impl Driver {
             DestinationAction::Load(records) => {
                 // No lane may write once the guest's state is in place: it may run at any moment.
                 let mut lanes = self.lanes.take();
-                self.ask(
+                let inner = self.inner.clone();
+                self.host.call(
                     HostTask::Load,
                     move |host| {
                         if let Some(lanes) = &mut lanes {
                             lanes.end();
                         }
-                        host.load(records)
+                        // Given back and not dropped here: unmapping guest memory takes time that belongs to the downtime.
+                        host.load(records).map(|()| lanes)
                     },
-                    |()| DestinationEvent::Loaded,
+                    move |called| {
+                        let _ = inner.send(match called {
+                            Ok(lanes) => Inner::Loaded(lanes),
+                            Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
+                        });
+                    },
                 );
             }
             DestinationAction::Journal(record) => {
@@ -369,7 +387,8 @@ impl Driver {
             |host| Ok((host.announce()?, host.cpu_seconds())),
             move |(announcements, host_seconds)| {
                 let ours = cpu_ns.load(Ordering::Relaxed) + counters.cpu_ns.load(Ordering::Relaxed);
-                let cpu_us = ours / 1000 + Duration::try_from_secs_f64(host_seconds).map_or(0, |host| u64::try_from(host.as_micros()).unwrap_or(0));
+                let cpu_us = ours / 1000
+                    + Duration::try_from_secs_f64(host_seconds).map_or(0, |host| u64::try_from(host.as_micros()).unwrap_or(0));
                 DestinationEvent::Announced { announcements, cpu_us }
             },
         );

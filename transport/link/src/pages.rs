@@ -40,7 +40,8 @@ pub trait Pages: Send + Sync + 'static {
     /// Makes `range` read as zeros.
     fn zero(&self, range: PageRange);
 
-    /// The parts of `range` that may hold anything but zeros; pages never touched are left out, without touching them.
+    /// The parts of `range` that may hold anything but zeros; pages never touched are left out, without touching them. Asked
+    /// once for each region.
     fn data_extents(&self, range: PageRange) -> Vec<PageRange>;
 
     /// Gives every page of `range` real memory, contents unchanged.
@@ -85,7 +86,10 @@ pub(crate) fn next_runs(words: &[u64], cursor: &mut u64, pages: u64, runs: usize
             return;
         };
         let bound = (words.len() as u64).saturating_mul(PAGES_PER_WORD);
-        let end = seek_until(words, first, u64::MAX, first.saturating_add(left)).unwrap_or(bound).min(first.saturating_add(left)).min(bound);
+        let end = seek_until(words, first, u64::MAX, first.saturating_add(left))
+            .unwrap_or(bound)
+            .min(first.saturating_add(left))
+            .min(bound);
         let count = end - first;
         out.push(PageRange { first, count });
         left -= count;

@@ -66,9 +66,11 @@ impl Link for PairLink {
     fn lane(&self, preamble: LanePreamble, _plaintext: bool) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>> {
         Box::pin(async move {
             let destination = self.destination();
-            let (socket, answer) = self
-                .open_lane(&preamble)
-                .map_err(|error| ConnectError::Io { destination: destination.clone(), doing: "opening a lane", error })?;
+            let (socket, answer) = self.open_lane(&preamble).map_err(|error| ConnectError::Io {
+                destination: destination.clone(),
+                doing: "opening a lane",
+                error,
+            })?;
             match parse_lane_answer(&answer) {
                 Some(code) => Err(ConnectError::LaneRefused { destination, lane: preamble.lane, code }),
                 None => Ok(Box::new(PlainSender::new(Socket::from(OwnedFd::from(socket)))) as Box<dyn LaneSender>),

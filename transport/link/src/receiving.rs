@@ -66,11 +66,11 @@ impl ReceiveLanes {
             }
             Populate::Beside => {
                 let populating = std::thread::Builder::new().name("populate".into()).spawn(move || {
-                let _meter = CpuMeter::new(&shared.counters.cpu_ns);
-                // Without it the lanes pay for the first touch themselves: slower, not wrong.
-                if let Err(error) = populate_all(&shared.pages, &shared.known, &shared.stop) {
-                    tracing::warn!(%error, "guest memory could not be populated ahead of its pages");
-                }
+                    let _meter = CpuMeter::new(&shared.counters.cpu_ns);
+                    // Without it the lanes pay for the first touch themselves: slower, not wrong.
+                    if let Err(error) = populate_all(&shared.pages, &shared.known, &shared.stop) {
+                        tracing::warn!(%error, "guest memory could not be populated ahead of its pages");
+                    }
                 })?;
                 this.populating = Some(populating);
             }
@@ -87,7 +87,8 @@ impl ReceiveLanes {
             if let Err(error) = lane.work()
                 && !shared.stop.load(Ordering::Relaxed)
             {
-                let _ = shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "receiving pages", &error) });
+                let _ =
+                    shared.events.send(LaneEvent::Failed { lane: number, words: lane_words(number, "receiving pages", &error) });
             }
         })?;
         self.threads.push(thread);
@@ -234,8 +235,14 @@ impl Lane<'_> {
         barrier.waiting += 1;
         if barrier.waiting == barrier.lanes {
             let bytes = shared.counters.bytes_on_wire.load(Ordering::Relaxed);
-            let counts = RoundCounts { round: barrier.round, pages: barrier.counts.0, zero_pages: barrier.counts.1, bytes_on_wire: bytes - barrier.counts.2 };
-            *barrier = Barrier { lanes: barrier.lanes, round: barrier.round.saturating_add(1), waiting: 0, counts: (0, 0, bytes) };
+            let counts = RoundCounts {
+                round: barrier.round,
+                pages: barrier.counts.0,
+                zero_pages: barrier.counts.1,
+                bytes_on_wire: bytes - barrier.counts.2,
+            };
+            *barrier =
+                Barrier { lanes: barrier.lanes, round: barrier.round.saturating_add(1), waiting: 0, counts: (0, 0, bytes) };
             let _ = shared.events.send(LaneEvent::Round(counts));
             shared.passed.notify_all();
         }

@@ -70,7 +70,11 @@ pub(crate) fn plausible(header: &[u8]) -> Result<usize, RecordError> {
     match header {
         [DATA, 3, 3, high, low, ..] => {
             let whole = HEADER_BYTES + usize::from(u16::from_be_bytes([*high, *low]));
-            if (HEADER_BYTES + TRAILER_BYTES..=RECORD_BYTES_MAX).contains(&whole) { Ok(whole) } else { Err(RecordError::Malformed) }
+            if (HEADER_BYTES + TRAILER_BYTES..=RECORD_BYTES_MAX).contains(&whole) {
+                Ok(whole)
+            } else {
+                Err(RecordError::Malformed)
+            }
         }
         _ => Err(RecordError::Malformed),
     }
@@ -180,7 +184,11 @@ impl Sealer {
         let inside = out.get_mut(from..).unwrap_or_default();
         fill(inside.get_mut(..length).unwrap_or_default());
         let nonce = self.direction.nonce()?;
-        let tag = self.direction.key.seal_in_place_separate_tag(nonce, Aad::from(header), inside).map_err(|_| RecordError::Malformed)?;
+        let tag = self
+            .direction
+            .key
+            .seal_in_place_separate_tag(nonce, Aad::from(header), inside)
+            .map_err(|_| RecordError::Malformed)?;
         out.extend_from_slice(tag.as_ref());
         self.on_this_key += 1;
         Ok(())
@@ -287,7 +295,10 @@ mod tests {
             assert_eq!(got, [number; 100]);
         }
         // The peer may ask for a new key of ours as well.
-        destination.sealer.typed(&mut Vec::new(), HANDSHAKE, 5, |plain| plain.copy_from_slice(&[KEY_UPDATE, 0, 0, 1, 1])).unwrap();
+        destination
+            .sealer
+            .typed(&mut Vec::new(), HANDSHAKE, 5, |plain| plain.copy_from_slice(&[KEY_UPDATE, 0, 0, 1, 1]))
+            .unwrap();
     }
 
     #[tokio::test]

@@ -14,8 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Shortest run that is worth asking for holes; a dirty page is no hole.
-const HOLES_FROM_PAGES: u64 = 64;
+/// Most pages in one run of zeros: what the frame's field holds, with room to spare.
+const ZERO_BITE_PAGES: u64 = 1 << 30;
 /// Smallest bite of the queue, so that a small round does not become a fight for the lock.
 const BITE_PAGES_MIN: u64 = 8;
 
@@ -34,9 +34,38 @@ struct Round {
     number: u32,
     set: PageSet,
     cursor: u64,
+    /// Pages that nobody ever touched, once the first lane of the first round has asked for them, and a cursor.
+    holes: Option<(PageSet, u64)>,
     bite_pages: u64,
     lanes_done: usize,
     counts: RoundCounts,
+}
+
+impl Round {
+    /// Takes the next bite into `runs`: true for holes, false for pages that must be looked at. Nothing in it is the end.
+    fn bite(&mut self, pages: &dyn Pages, runs: &mut Vec<PageRange>) -> bool {
+        let (set, bite_pages) = (&mut self.set, self.bite_pages);
+        // Only in the first round: a page that is dirty was touched. All at once, since finding the end of a piece of data
+        // means walking over it; asking for each bite again would walk over everything each time.
+        if self.number == 1 && self.holes.is_none() {
+            let mut data = PageSet::empty(pages.memory_map());
+            for region in (0..pages.memory_map().regions().len()).filter_map(|index| pages.memory_map().region_range(index)) {
+                pages.data_extents(region).into_iter().for_each(|extent| data.insert(extent));
+            }
+            let mut holes = set.clone();
+            holes.subtract(&data);
+            set.subtract(&holes);
+            self.holes = Some((holes, 0));
+        }
+        if let Some((holes, cursor)) = &mut self.holes {
+            next_runs(holes.words(), cursor, ZERO_BITE_PAGES, RUNS_PER_FRAME_MAX, runs);
+            if !runs.is_empty() {
+                return true;
+            }
+        }
+        next_runs(set.words(), &mut self.cursor, bite_pages, RUNS_PER_FRAME_MAX, runs);
+        false
+    }
 }
 
 #[derive(Default)]
@@ -107,7 +136,8 @@ impl SendLanes {
         for (number, lane) in lanes.into_iter().enumerate() {
             let shared = started.shared.clone();
             let number = u16::try_from(number).unwrap_or(u16::MAX);
-            let thread = std::thread::Builder::new().name(format!("lane-out-{number}")).spawn(move || Lane::run(lane, number, &shared))?;
+            let thread =
+                std::thread::Builder::new().name(format!("lane-out-{number}")).spawn(move || Lane::run(lane, number, &shared))?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -123,7 +153,7 @@ impl SendLanes {
         let share = set.count().div_ceil(shared.lanes.max(1) as u64 * 2);
         let bite_pages = share.clamp(BITE_PAGES_MIN.min(shared.frame_pages), shared.frame_pages);
         let counts = RoundCounts { round: number, pages: 0, zero_pages: 0, bytes_on_wire: 0 };
-        queue.round = Some(Round { number, set, cursor: 0, bite_pages, lanes_done: 0, counts });
+        queue.round = Some(Round { number, set, cursor: 0, holes: None, bite_pages, lanes_done: 0, counts });
         queue.order += 1;
         drop(queue);
         shared.changed.notify_all();
@@ -192,7 +222,17 @@ struct Lane<'a> {
 impl<'a> Lane<'a> {
     fn run(lane: Box<dyn LaneSender>, number: u16, shared: &'a Shared) {
         let counts = RoundCounts { round: 0, pages: 0, zero_pages: 0, bytes_on_wire: 0 };
-        let mut this = Lane { lane, shared, round: 0, data: Vec::new(), data_pages: 0, zero: Vec::new(), head: Vec::new(), counts, bytes: 0 };
+        let mut this = Lane {
+            lane,
+            shared,
+            round: 0,
+            data: Vec::new(),
+            data_pages: 0,
+            zero: Vec::new(),
+            head: Vec::new(),
+            counts,
+            bytes: 0,
+        };
         if let Err(error) = this.work()
             && !shared.stop.load(Ordering::Relaxed)
         {
@@ -248,9 +288,10 @@ impl<'a> Lane<'a> {
         let shared = self.shared;
         let mut runs = Vec::new();
         loop {
-            if let Some(Round { set, cursor, bite_pages, .. }) = &mut shared.queue().round {
-                next_runs(set.words(), cursor, *bite_pages, RUNS_PER_FRAME_MAX, &mut runs);
-            }
+            let holes = match &mut shared.queue().round {
+                Some(round) => round.bite(&*shared.pages, &mut runs),
+                None => break,
+            };
             if runs.is_empty() {
                 break;
             }
@@ -261,7 +302,7 @@ impl<'a> Lane<'a> {
                 let mut result = Ok(());
                 by_region(shared.pages.memory_map(), *run, |part| {
                     if result.is_ok() {
-                        result = self.look_at(part);
+                        result = if holes { self.push_zero(part) } else { self.scan(&*shared.pages, part) };
                     }
                 });
                 result?;
@@ -275,25 +316,7 @@ impl<'a> Lane<'a> {
         Ok(!shared.stop.load(Ordering::Relaxed))
     }
 
-    /// Tells zeros from contents, in both cases without touching pages that nobody ever touched.
-    fn look_at(&mut self, run: PageRange) -> io::Result<()> {
-        let pages = self.shared.pages.clone();
-        if run.count < HOLES_FROM_PAGES {
-            return self.scan(&*pages, run);
-        }
-        let mut next = run.first;
-        for extent in pages.data_extents(run) {
-            let (first, end) = (extent.first.max(next), extent.end().min(run.end()));
-            if first >= end {
-                continue;
-            }
-            self.push_zero(PageRange { first: next, count: first - next })?;
-            self.scan(&*pages, PageRange { first, count: end - first })?;
-            next = end;
-        }
-        self.push_zero(PageRange { first: next, count: run.end() - next })
-    }
-
+    /// Tells zeros from contents.
     fn scan(&mut self, pages: &dyn Pages, run: PageRange) -> io::Result<()> {
         let mut result = Ok(());
         pages.scan(run, &mut |found, zero| {
@@ -307,6 +330,10 @@ impl<'a> Lane<'a> {
     fn push_zero(&mut self, run: PageRange) -> io::Result<()> {
         if run.count == 0 {
             return Ok(());
+        }
+        // Runs of a frame rise; pages never touched are named before all others, so what is found zero later may lie below.
+        if self.zero.last().is_some_and(|last| run.first < last.end()) {
+            self.flush_zero()?;
         }
         push(&mut self.zero, run, self.shared.pages.memory_map());
         self.counts.zero_pages += run.count;
@@ -355,7 +382,14 @@ impl<'a> Lane<'a> {
     fn frame(&mut self, kind: LaneFrameKind, runs: &[PageRange]) -> io::Result<()> {
         let bytes = if kind == LaneFrameKind::Pages { runs.iter().map(|run| run.bytes()).sum() } else { 0 };
         let Tag { migration, generation } = self.shared.tag;
-        let header = LaneHeader { kind, runs: u16::try_from(runs.len()).unwrap_or(u16::MAX), round: self.round, bytes, migration, generation };
+        let header = LaneHeader {
+            kind,
+            runs: u16::try_from(runs.len()).unwrap_or(u16::MAX),
+            round: self.round,
+            bytes,
+            migration,
+            generation,
+        };
         self.head.clear();
         self.head.extend_from_slice(&header.emit());
         emit_runs(runs, &mut self.head);

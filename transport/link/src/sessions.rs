@@ -157,7 +157,9 @@ impl Sessions {
         tokio::spawn(async move {
             let first = match tokio::time::timeout(FIRST_WORDS_MAX, control.receive()).await {
                 Ok(Ok(first)) => first,
-                Ok(Err(error)) => return tracing::info!(peer = %peer.id, %error, "a control channel ended before its first message"),
+                Ok(Err(error)) => {
+                    return tracing::info!(peer = %peer.id, %error, "a control channel ended before its first message");
+                }
                 Err(_) => return tracing::info!(peer = %peer.id, "a control channel said nothing"),
             };
             sessions.first(peer, control, first.0, first.1).await;

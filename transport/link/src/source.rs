@@ -70,7 +70,8 @@ struct Driver {
 
 /// A migration that ended before it began.
 fn nothing(config: &SourceConfig, link: &dyn Link, outcome: SourceOutcome) -> (SourceOutcome, Report) {
-    let measured = Measured { link: link.capabilities().name.to_owned(), source_cpu_seconds: 0.0, verified: None, network_gap_ms: None };
+    let measured =
+        Measured { link: link.capabilities().name.to_owned(), source_cpu_seconds: 0.0, verified: None, network_gap_ms: None };
     let report = Report::new(&Progress::new(config.vm.memory.bytes()), &outcome, measured);
     (outcome, report)
 }
@@ -101,7 +102,8 @@ pub(crate) async fn run(
             Err(error) => return nothing(&config, &*link, SourceOutcome::Refused(Refusal::one(error.code(), error.to_string()))),
         }
     };
-    let internal = |words: String| SourceOutcome::Aborted { code: Code::Internal, words, by: Side::Source, guest_runs: !in_doubt };
+    let internal =
+        |words: String| SourceOutcome::Aborted { code: Code::Internal, words, by: Side::Source, guest_runs: !in_doubt };
     let made = if in_doubt { Source::in_doubt(now(), config.clone()) } else { Source::new(now(), config.clone()) };
     let engine = match made {
         Ok(engine) => engine,
@@ -189,7 +191,8 @@ impl Driver {
                 self.opening = None;
                 let started = opened.map_err(|error| error.to_string()).and_then(|lanes| {
                     let (pages, events) = (self.pages.clone(), self.lane_events.clone());
-                    SendLanes::start(lanes, pages, self.tag, &self.settings, self.counters.clone(), events).map_err(|error| error.to_string())
+                    SendLanes::start(lanes, pages, self.tag, &self.settings, self.counters.clone(), events)
+                        .map_err(|error| error.to_string())
                 });
                 match started {
                     Ok(lanes) => {
@@ -287,7 +290,9 @@ impl Driver {
         match action {
             SourceAction::Send(message) => self.send(&message),
             SourceAction::OpenLanes { lanes, plaintext, token } => self.open_lanes(lanes, plaintext, token),
-            SourceAction::StartTracking => self.ask(HostTask::Tracking, |host| host.start_tracking(), |()| SourceEvent::TrackingStarted),
+            SourceAction::StartTracking => {
+                self.ask(HostTask::Tracking, |host| host.start_tracking(), |()| SourceEvent::TrackingStarted)
+            }
             SourceAction::FetchDirty => self.ask(HostTask::FetchDirty, |host| host.fetch_dirty(), SourceEvent::Dirty),
             SourceAction::SendPages { round, pages, last } => self.send_pages(round, pages, last),
             SourceAction::Pause => self.ask(HostTask::Pause, |host| host.pause(), |()| SourceEvent::Paused),
@@ -409,9 +414,13 @@ impl Driver {
             let _ = ending.await;
         }
         let (say, said) = oneshot::channel();
-        self.host.call(HostTask::Release, |host| Ok(host.cpu_seconds()), |called| {
-            let _ = say.send(called.unwrap_or_default());
-        });
+        self.host.call(
+            HostTask::Release,
+            |host| Ok(host.cpu_seconds()),
+            |called| {
+                let _ = say.send(called.unwrap_or_default());
+            },
+        );
         let host = tokio::time::timeout(HOST_END_MAX, said).await.ok().and_then(Result::ok).unwrap_or_default();
         let ours = self.cpu_ns.load(Ordering::Relaxed) + self.counters.cpu_ns.load(Ordering::Relaxed);
         let measured = Measured {

@@ -25,7 +25,9 @@ const AHEAD_BYTES: usize = 48 + 12;
 /// Settings that every TCP socket of a migration has: no waiting to fill a segment, and an end to a silent peer.
 pub(crate) fn set_up(socket: &SockRef<'_>, silence_max: Duration) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)).with_retries(3))?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)).with_retries(3),
+    )?;
     socket.set_tcp_user_timeout(Some(silence_max))
 }
 

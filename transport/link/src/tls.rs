@@ -124,7 +124,12 @@ impl Verifier {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn signature(&self, message: &[u8], key: &CertificateDer<'_>, signed: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn signature(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key.as_ref()), signed, &self.schemes)
     }
 }
@@ -144,7 +149,12 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         self.check(key).map(|()| ServerCertVerified::assertion())
     }
-    fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         no_tls12()
     }
     fn verify_tls13_signature(
@@ -167,10 +177,20 @@ impl ClientCertVerifier for Verifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
-    fn verify_client_cert(&self, key: &CertificateDer<'_>, _: &[CertificateDer<'_>], _: UnixTime) -> Result<ClientCertVerified, rustls::Error> {
+    fn verify_client_cert(
+        &self,
+        key: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
         self.check(key).map(|()| ClientCertVerified::assertion())
     }
-    fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         no_tls12()
     }
     fn verify_tls13_signature(
@@ -190,7 +210,9 @@ impl ClientCertVerifier for Verifier {
 }
 
 fn provider() -> Arc<CryptoProvider> {
-    use rustls::crypto::ring::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256};
+    use rustls::crypto::ring::cipher_suite::{
+        TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
+    };
     let mut provider = rustls::crypto::ring::default_provider();
     // AES-128 first: the fastest with AES instructions, and no weaker than the curve of the key exchange.
     provider.cipher_suites = vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256];
@@ -202,7 +224,11 @@ fn verifier(provider: &CryptoProvider, trusted: &TrustedHosts, expected: Option<
     Arc::new(Verifier { trusted: trusted.clone(), expected, schemes, seen: Mutex::new(None) })
 }
 
-fn connection_to_destination(key: &HostKey, verifier: Arc<Verifier>, provider: Arc<CryptoProvider>) -> Result<UnbufferedClientConnection, TlsError> {
+fn connection_to_destination(
+    key: &HostKey,
+    verifier: Arc<Verifier>,
+    provider: Arc<CryptoProvider>,
+) -> Result<UnbufferedClientConnection, TlsError> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -216,7 +242,11 @@ fn connection_to_destination(key: &HostKey, verifier: Arc<Verifier>, provider: A
     Ok(UnbufferedClientConnection::new(Arc::new(config), name)?)
 }
 
-fn connection_to_source(key: &HostKey, verifier: Arc<Verifier>, provider: Arc<CryptoProvider>) -> Result<UnbufferedServerConnection, TlsError> {
+fn connection_to_source(
+    key: &HostKey,
+    verifier: Arc<Verifier>,
+    provider: Arc<CryptoProvider>,
+) -> Result<UnbufferedServerConnection, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
@@ -249,7 +279,11 @@ enum Step {
 macro_rules! step {
     ($name:ident, $connection:ty) => {
         /// One step over `incoming`; returns how many bytes of it are used up.
-        fn $name(connection: &mut $connection, incoming: &mut [u8], outgoing: &mut Vec<u8>) -> (usize, Result<Step, rustls::Error>) {
+        fn $name(
+            connection: &mut $connection,
+            incoming: &mut [u8],
+            outgoing: &mut Vec<u8>,
+        ) -> (usize, Result<Step, rustls::Error>) {
             let UnbufferedStatus { discard, state } = connection.process_tls_records(incoming);
             let step = match state {
                 Err(error) => return (discard, Err(error)),
@@ -296,7 +330,9 @@ async fn transmit<S: AsyncWrite + Unpin>(stream: &mut S, outgoing: &mut Vec<u8>,
     let result: io::Result<()> = sent.await;
     outgoing.clear();
     match result {
-        Err(error) if heard == 0 && matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => Err(TlsError::Silent),
+        Err(error) if heard == 0 && matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {
+            Err(TlsError::Silent)
+        }
         other => Ok(other?),
     }
 }
@@ -363,14 +399,15 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     let provider = provider();
     let verifier = verifier(&provider, trusted, Some(expected));
     let mut connection = connection_to_destination(key, verifier.clone(), provider)?;
-    let early = drive(stream, |incoming, outgoing| step_to_destination(&mut connection, incoming, outgoing)).await.map_err(|error| {
-        let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
-        match verifier.seen() {
-            Some(found) if refused && found != expected => TlsError::DestinationOther { expected, found },
-            Some(found) if refused => TlsError::DestinationUntrusted(found),
-            _ => worded(error),
-        }
-    })?;
+    let early =
+        drive(stream, |incoming, outgoing| step_to_destination(&mut connection, incoming, outgoing)).await.map_err(|error| {
+            let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
+            match verifier.seen() {
+                Some(found) if refused && found != expected => TlsError::DestinationOther { expected, found },
+                Some(found) if refused => TlsError::DestinationUntrusted(found),
+                _ => worded(error),
+            }
+        })?;
     let peer = verifier.seen().ok_or(TlsError::NoHostKey)?;
     let (secrets, kernel) = connection.dangerous_into_kernel_connection()?;
     let rekey = Rekey::new(Box::new(kernel));
@@ -378,17 +415,22 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// The destination's handshake: the source's key must be trusted.
-pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, key: &HostKey, trusted: &TrustedHosts) -> Result<Secured, TlsError> {
+pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    key: &HostKey,
+    trusted: &TrustedHosts,
+) -> Result<Secured, TlsError> {
     let provider = provider();
     let verifier = verifier(&provider, trusted, None);
     let mut connection = connection_to_source(key, verifier.clone(), provider)?;
-    let early = drive(stream, |incoming, outgoing| step_to_source(&mut connection, incoming, outgoing)).await.map_err(|error| {
-        let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
-        match verifier.seen() {
-            Some(found) if refused => TlsError::SourceUntrusted(found),
-            _ => worded(error),
-        }
-    })?;
+    let early =
+        drive(stream, |incoming, outgoing| step_to_source(&mut connection, incoming, outgoing)).await.map_err(|error| {
+            let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
+            match verifier.seen() {
+                Some(found) if refused => TlsError::SourceUntrusted(found),
+                _ => worded(error),
+            }
+        })?;
     let peer = verifier.seen().ok_or(TlsError::NoHostKey)?;
     let (secrets, kernel) = connection.dangerous_into_kernel_connection()?;
     let rekey = Rekey::new(Box::new(kernel));
@@ -408,7 +450,13 @@ fn worded(error: TlsError) -> TlsError {
 mod tests {
     use super::*;
 
-    async fn meet(ours: &HostKey, theirs: &HostKey, here: &TrustedHosts, there: &TrustedHosts, expected: HostId) -> (Result<Secured, TlsError>, Result<Secured, TlsError>) {
+    async fn meet(
+        ours: &HostKey,
+        theirs: &HostKey,
+        here: &TrustedHosts,
+        there: &TrustedHosts,
+        expected: HostId,
+    ) -> (Result<Secured, TlsError>, Result<Secured, TlsError>) {
         let (mut near, mut far) = tokio::io::duplex(16 << 10);
         tokio::join!(
             async {
@@ -434,7 +482,9 @@ mod tests {
         assert!(matches!(near, Err(TlsError::DestinationUntrusted(id)) if id == theirs.id()));
         assert!(matches!(far, Err(TlsError::Alert(ALERT_ACCESS_DENIED))));
         let (near, _) = meet(&ours, &theirs, &all, &all, third.id()).await;
-        assert!(matches!(near, Err(TlsError::DestinationOther { expected, found }) if expected == third.id() && found == theirs.id()));
+        assert!(
+            matches!(near, Err(TlsError::DestinationOther { expected, found }) if expected == third.id() && found == theirs.id())
+        );
         let (_, far) = meet(&ours, &theirs, &all, &nobody, theirs.id()).await;
         assert!(matches!(far, Err(TlsError::SourceUntrusted(id)) if id == ours.id()));
         assert!(all.remove(ours.id()) && !all.contains(ours.id()) && !all.remove(ours.id()) && all.insert(ours.id()));
@@ -449,7 +499,8 @@ mod tests {
         let mut hello = Vec::new();
         let (connected, _) = tokio::join!(
             async {
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(50), connect(&mut near, &ours, &all, theirs.id())).await;
+                let _ = tokio::time::timeout(std::time::Duration::from_millis(50), connect(&mut near, &ours, &all, theirs.id()))
+                    .await;
                 drop(near);
             },
             far.read_to_end(&mut hello)

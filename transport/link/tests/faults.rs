@@ -75,7 +75,13 @@ impl Wire {
     }
     fn link(&self, sender: &Sender, toy: &Toy) -> Arc<dyn Link> {
         let trusted = limosa_link::TrustedHosts::new([toy.key.id()]);
-        Arc::new(limosa_link::TcpLink::new(self.address.to_string(), toy.key.id(), sender.key.clone(), trusted, Duration::from_secs(10)))
+        Arc::new(limosa_link::TcpLink::new(
+            self.address.to_string(),
+            toy.key.id(),
+            sender.key.clone(),
+            trusted,
+            Duration::from_secs(10),
+        ))
     }
 }
 
@@ -101,7 +107,9 @@ async fn a_source_host_that_fails_at_each_call() {
             let (outcome, _) = sender.migrate(&toy).await;
             assert_stayed(&sender, &toy, &outcome);
             match outcome {
-                SourceOutcome::Aborted { by: Side::Source, guest_runs: true, words, .. } => assert!(words.contains("told to fail") || words.contains("panicked"), "{words}"),
+                SourceOutcome::Aborted { by: Side::Source, guest_runs: true, words, .. } => {
+                    assert!(words.contains("told to fail") || words.contains("panicked"), "{words}")
+                }
                 other => panic!("{call:?}: {other:?}"),
             }
             next_is_good(&mut sender, &toy).await;
@@ -212,10 +220,13 @@ async fn cut_when_the_guest_runs_there() {
     let wire = Arc::new(Wire::to(&toy).await);
     let cut = wire.cutter();
     let again = wire.clone();
-    toy.saw.faults.add(Call::Resume, Fault::Then(Arc::new(move || {
-        cut();
-        again.mend();
-    })));
+    toy.saw.faults.add(
+        Call::Resume,
+        Fault::Then(Arc::new(move || {
+            cut();
+            again.mend();
+        })),
+    );
     let (outcome, _) = sender.migrate_over(&toy, wire.link(&sender, &toy)).await;
     assert_moved(&sender, &toy, &outcome);
     toy.settle().await;
@@ -228,13 +239,19 @@ async fn a_cancel_is_answered_in_each_phase() {
         let mut sender = sender();
         sender.befriend(&toy);
         let cancel = sender.cancel.clone();
-        sender.saw.faults.add(call, Fault::Then(Arc::new(move || {
-            cancel.cancel("an operator changed his mind");
-            std::thread::sleep(Duration::from_millis(50));
-        })));
+        sender.saw.faults.add(
+            call,
+            Fault::Then(Arc::new(move || {
+                cancel.cancel("an operator changed his mind");
+                std::thread::sleep(Duration::from_millis(50));
+            })),
+        );
         let (outcome, _) = sender.migrate(&toy).await;
         assert_stayed(&sender, &toy, &outcome);
-        assert!(matches!(&outcome, SourceOutcome::Aborted { code: Code::Cancelled, words, by: Side::Source, .. } if words.contains("changed his mind")), "{outcome:?}");
+        assert!(
+            matches!(&outcome, SourceOutcome::Aborted { code: Code::Cancelled, words, by: Side::Source, .. } if words.contains("changed his mind")),
+            "{outcome:?}"
+        );
         next_is_good(&mut sender, &toy).await;
     }
 }
@@ -253,7 +270,10 @@ async fn a_cancel_from_the_destination_arrives_in_words() {
     };
     let ((outcome, _), ()) = tokio::join!(sender.migrate(&toy), cancelling);
     assert_stayed(&sender, &toy, &outcome);
-    assert!(matches!(&outcome, SourceOutcome::Aborted { words, by: Side::Destination, .. } if words.contains("maintenance")), "{outcome:?}");
+    assert!(
+        matches!(&outcome, SourceOutcome::Aborted { words, by: Side::Destination, .. } if words.contains("maintenance")),
+        "{outcome:?}"
+    );
     next_is_good(&mut sender, &toy).await;
 }
 

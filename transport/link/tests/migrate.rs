@@ -28,7 +28,10 @@ async fn conforms(toy: &Toy, sender: &Sender, link: Arc<dyn Link>) -> Report {
     toy.settle().await;
     assert!(report.ok && report.link == name && report.rounds >= 2, "{report:?}");
     assert!(report.zero_pages >= PAGES / 4 - 200, "{} zero pages", report.zero_pages);
-    assert!(report.downtime_ms.unwrap() < 2000.0 && report.cpu_seconds.source > 0.0 && report.cpu_seconds.destination > 0.0, "{report:?}");
+    assert!(
+        report.downtime_ms.unwrap() < 2000.0 && report.cpu_seconds.source > 0.0 && report.cpu_seconds.destination > 0.0,
+        "{report:?}"
+    );
     assert_eq!(report.announcements, ["toy: 1 frame"]);
     assert_eq!(toy.saw.announced.load(Ordering::SeqCst), 1);
     report
@@ -42,7 +45,11 @@ async fn tcp(lanes: u16, plaintext: bool, populate: Populate) {
     let report = conforms(&toy, &sender, sender.link(&toy)).await;
     assert_eq!((report.lanes, report.encrypted), (lanes, !plaintext));
     let moved = report.round_list.iter().map(|round| round.pages).sum::<u64>() * 4096;
-    assert!(report.bytes_on_wire > moved && report.bytes_on_wire < moved + moved / 20 + 10_000, "{} for {moved}", report.bytes_on_wire);
+    assert!(
+        report.bytes_on_wire > moved && report.bytes_on_wire < moved + moved / 20 + 10_000,
+        "{} for {moved}",
+        report.bytes_on_wire
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

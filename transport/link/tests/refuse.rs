@@ -67,7 +67,11 @@ async fn a_source_that_is_not_trusted_there() {
         assert_stayed(&sender, &toy, &outcome);
         let refusal = refusal(&outcome);
         assert_eq!(refusal.code, Code::UnknownHost);
-        assert!(refusal.words().contains("does not trust our key") && refusal.words().contains("limosa host trust"), "{}", refusal.words());
+        assert!(
+            refusal.words().contains("does not trust our key") && refusal.words().contains("limosa host trust"),
+            "{}",
+            refusal.words()
+        );
     }
     assert_eq!(toy.counters.not_trusted.load(Ordering::SeqCst), 10);
     good(&sender, &toy).await;
@@ -87,7 +91,10 @@ async fn a_destination_that_is_not_trusted_here_or_is_another() {
     let other = HostKey::generate().unwrap().id();
     let (outcome, _) = sender.migrate_over(&toy, link(other, TrustedHosts::new([other, toy.key.id()]))).await;
     let words = refusal(&outcome).words();
-    assert!(words.contains(&other.to_string()) && words.contains(&toy.key.id().to_string()) && words.contains("another host"), "{words}");
+    assert!(
+        words.contains(&other.to_string()) && words.contains(&toy.key.id().to_string()) && words.contains("another host"),
+        "{words}"
+    );
     assert_eq!(refusal(&outcome).code, Code::UnknownHost);
     good(&sender, &toy).await;
 }
@@ -141,7 +148,13 @@ async fn plaintext_where_it_is_off() {
 }
 
 fn preamble(lane: u16) -> LanePreamble {
-    LanePreamble { version: 1, lane, migration: MigrationId(*b"toy-migration-01"), generation: Generation(1), token: LaneToken([3; 32]) }
+    LanePreamble {
+        version: 1,
+        lane,
+        migration: MigrationId(*b"toy-migration-01"),
+        generation: Generation(1),
+        token: LaneToken([3; 32]),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -216,7 +229,8 @@ async fn garbage_at_the_door() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_that_say_nothing_and_one_that_is_slow() {
-    let listener = ListenerSettings { plaintext_lanes: true, handshake_max: Duration::from_secs(2), ..ListenerSettings::default() };
+    let listener =
+        ListenerSettings { plaintext_lanes: true, handshake_max: Duration::from_secs(2), ..ListenerSettings::default() };
     let toy = Toy::start(ToySettings { listener, ..ToySettings::default() }).await;
     let held: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(toy.address).unwrap()).collect();
     let address = toy.address;

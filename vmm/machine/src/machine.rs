@@ -399,12 +399,13 @@ impl Machine {
         if *phase != Phase::Fresh {
             return Err(LoadError::NotFresh);
         }
-        *phase = Phase::Spoilt;
         let mut records = Records::new(records)?;
         let board: Board = records.take(Kind::Board, 0)?;
         if board != self.board() {
             return Err(LoadError::Board { given: board.to_string(), here: self.board().to_string() });
         }
+        // Until here nothing has been touched: what is no state at all may be followed by one that is.
+        *phase = Phase::Spoilt;
         self.load_parts(&mut records)?;
         records.finish()?;
         *phase = Phase::Ready { loaded: true };

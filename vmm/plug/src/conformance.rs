@@ -316,7 +316,7 @@ impl Kit<'_> {
     fn lonely_incoming(&mut self, vm: &VmDescription) -> Result<(), String> {
         let discarded = self.start(Role::Incoming, 2)?;
         let lost = self.start(Role::Incoming, 3)?;
-        fine(discarded.plug.prepare(&VmDescription { name: format!("{}-x", vm.name), ..vm.clone() }, &self.options.bridges))?;
+        fine(discarded.plug.prepare(vm, &self.options.bridges))?;
         fine(discarded.plug.discard())?;
         self.gone(&discarded, "Discard")?;
         drop(lost);

@@ -6,8 +6,8 @@ use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;
 use limosa_link::sessions::Sessions;
 use limosa_link::{
-    Cancel, DestinationHost, HostError, HostKey, Hosting, Incoming, LaneSettings, Link, Listener, ListenerSettings, Pages, Peer, Populate, SourceHost,
-    TcpLink, TrustedHosts, run_source_over,
+    Cancel, DestinationHost, HostError, HostKey, Hosting, Incoming, LaneSettings, Link, Listener, ListenerSettings, Pages, Peer,
+    Populate, SourceHost, TcpLink, TrustedHosts, run_source_over,
 };
 use limosa_proto::allow::AllowList;
 use limosa_proto::bitmap::PageSet;
@@ -235,10 +235,15 @@ pub struct Guest {
 
 impl Guest {
     pub fn start(memory: Arc<ToyMemory>, pause_between: Duration) -> Arc<Guest> {
-        let (running, gate, stop, writes) =
-            (Arc::new(AtomicBool::new(true)), Arc::new(Mutex::new(())), Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (running, gate, stop, writes) = (
+            Arc::new(AtomicBool::new(true)),
+            Arc::new(Mutex::new(())),
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let thread = {
-            let (memory, running, gate, stop, writes) = (memory.clone(), running.clone(), gate.clone(), stop.clone(), writes.clone());
+            let (memory, running, gate, stop, writes) =
+                (memory.clone(), running.clone(), gate.clone(), stop.clone(), writes.clone());
             std::thread::spawn(move || {
                 let pages: Vec<u64> = PageSet::full(&memory.map).runs().flat_map(|run| run.first..run.end()).collect();
                 while !stop.load(Ordering::SeqCst) {
@@ -492,10 +497,16 @@ impl Toy {
             refuse: Arc::default(),
         };
         let (outcomes, cancel, seen): (Arc<Mutex<Vec<_>>>, Arc<Mutex<Cancel>>, Arc<Mutex<_>>) = Default::default();
-        let hosting =
-            ToyHosting { saw: saw.clone(), settings: settings.clone(), outcomes: outcomes.clone(), cancel: cancel.clone(), seen: seen.clone() };
+        let hosting = ToyHosting {
+            saw: saw.clone(),
+            settings: settings.clone(),
+            outcomes: outcomes.clone(),
+            cancel: cancel.clone(),
+            seen: seen.clone(),
+        };
         let listener =
-            Listener::bind("127.0.0.1:0".parse().unwrap(), settings.listener, key.clone(), trusted.clone(), allow.clone()).unwrap();
+            Listener::bind("127.0.0.1:0".parse().unwrap(), settings.listener, key.clone(), trusted.clone(), allow.clone())
+                .unwrap();
         let (address, counters, stop) = (listener.local_address().unwrap(), listener.counters(), Cancel::new());
         let sessions = Sessions::new(Arc::new(hosting), 2);
         tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
@@ -504,7 +515,9 @@ impl Toy {
 
     /// Waits until no migration is open there, and forgets what the last one left.
     pub async fn settle(&self) {
-        tokio::time::timeout(Duration::from_secs(20), self.sessions.idle()).await.expect("a migration never ended at the destination");
+        tokio::time::timeout(Duration::from_secs(20), self.sessions.idle())
+            .await
+            .expect("a migration never ended at the destination");
     }
 }
 
@@ -575,7 +588,8 @@ impl Sender {
 
     pub async fn migrate_over(&self, toy: &Toy, link: Arc<dyn Link>) -> (SourceOutcome, Report) {
         let generation = Generation(self.generation.fetch_add(1, Ordering::SeqCst) + 1);
-        let mut config = SourceConfig::new(MigrationId(*b"toy-migration-01"), generation, toy.key.id(), vm(&self.guest.memory.map));
+        let mut config =
+            SourceConfig::new(MigrationId(*b"toy-migration-01"), generation, toy.key.id(), vm(&self.guest.memory.map));
         config.lanes = self.lanes;
         config.plaintext_lanes = self.plaintext;
         (self.tune)(&mut config);

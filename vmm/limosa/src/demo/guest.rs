@@ -61,7 +61,7 @@ impl Guest {
 
     /// What it complained of, if it did.
     pub(crate) fn complaint(&self) -> Option<String> {
-        let complaint = |line: &&str| line.contains("limosa-guest ERROR") || line.contains("limosa-guest FAIL");
+        let complaint = |line: &&str| line.contains("limosa-guest ERROR") || line.contains("limosa-guest FAILED");
         self.serials().find_map(|text| text.lines().find(complaint).map(str::to_string))
     }
 

@@ -16,8 +16,8 @@ use pinger::{Pinger, Pings};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// How long the guest may take until it answers pings; filling its memory takes most of it.
-const BOOT_MAX: Duration = Duration::from_secs(180);
+/// How long the guest may take until it answers pings, and how much longer for each GiB of memory that it fills.
+const BOOT_MAX: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(30));
 /// How long its own check may take after the move.
 const CHECK_MAX: Duration = Duration::from_secs(30);
 
@@ -79,7 +79,7 @@ fn play(lab: &Lab, args: &DemoArgs, quiet: bool) -> Result<Findings, ApiError> {
         Guest::write(lab.directory(), &Host::BOTH.map(|host| lab.state(host)), args.memory, args.dirty).map_err(failed)?;
     ask(lab, Host::Alpha, &Request::VmStart { config: guest.config.clone() })?;
     let pinger = Pinger::start(&lab.switch(), guest::ADDRESS).map_err(failed)?;
-    wait_for_pings(&pinger, &guest)?;
+    wait_for_pings(&pinger, &guest, args.memory)?;
     // A little peace, so that the pings before the move are seen to be answered.
     std::thread::sleep(Duration::from_millis(500));
     let port_before = lab.switch_port_of(guest::MAC);
@@ -115,8 +115,8 @@ fn finish(lab: &Lab, job: JobInfo, verified: bool, check: String, pings: &Pings)
     Ok((job, verified, check))
 }
 
-fn wait_for_pings(pinger: &Pinger, guest: &Guest) -> Result<(), ApiError> {
-    let until = Instant::now() + BOOT_MAX;
+fn wait_for_pings(pinger: &Pinger, guest: &Guest, memory: u64) -> Result<(), ApiError> {
+    let until = Instant::now() + BOOT_MAX.0 + BOOT_MAX.1.mul_f64(memory as f64 / f64::from(1 << 30));
     while !pinger.answered_within(Duration::from_millis(500)) {
         if let Some(words) = guest.complaint() {
             return Err(ApiError::refused("guest", format!("the guest did not start: {words}")));
@@ -283,10 +283,13 @@ fn with_logs(mut error: ApiError, lab: &Lab) -> ApiError {
             error.words.push_str(&format!("\n-- {}'s log ends with:\n{tail}", host.name()));
         }
     }
-    let serial = std::fs::read_to_string(lab.state(Host::Alpha).join("vm").join(format!("{}.vmm.log", guest::NAME)));
-    if let Ok(log) = serial {
-        let tail: Vec<&str> = log.lines().rev().take(5).collect();
-        error.words.push_str(&format!("\n-- the guest's VMM:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n")));
+    for (what, suffix) in [("the guest's VMM", "vmm.log"), ("the guest's serial line", "log")] {
+        let log = lab.state(Host::Alpha).join("vm").join(format!("{}.{suffix}", guest::NAME));
+        let text = std::fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let tail: Vec<&str> = text.lines().rev().take(4).collect();
+        if !tail.is_empty() {
+            error.words.push_str(&format!("\n-- {what} ends with:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n")));
+        }
     }
     // Exit codes of the agent's refusals stay as they are.
     error.exit = if error.exit == exit::DONE { exit::REFUSED } else { error.exit };
