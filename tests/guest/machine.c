@@ -6,7 +6,6 @@
 enum { COM = 0x3f8, RING = 4096 };
 static char ring[RING];
 static u32 head, tail;
-
 static u32 us_per_tsc; /* in 2^-32 */
 static u64 ticks, last_tsc;
 static volatile struct { u32 version, pad; u64 tsc, ns; u32 mul; signed char shift; u8 flags, more[2]; }
@@ -105,7 +104,7 @@ static u32 khz_pit(void) {
     return 0;
 }
 
-/* Microseconds since clock_init; never goes back: a TSC that does is counted and forgiven. */
+/* Microseconds since machine_init; never goes back: a TSC that does is counted and forgiven. */
 u64 clock_us(void) {
     u64 now = rdtsc();
     if (now < last_tsc)
@@ -122,7 +121,7 @@ void clock_check(void) {
     u32 version;
     if (!pvclock.mul)
         return;
-    do { /* the host updates it between two instructions at most */
+    do { /* until the host did not update it meanwhile */
         version = pvclock.version;
         delta = rdtsc() - pvclock.tsc;
         delta = pvclock.shift < 0 ? delta >> -pvclock.shift : delta << pvclock.shift;
@@ -136,7 +135,7 @@ static u64 peek(u32 a) { return *(volatile u64 *)a; }
 
 static void ram(u64 base, u64 end) {
     if (base <= LOW_START && end > LOW_START)
-        config.low_end = min64(end, 0xc0000000u);
+        config.low_end = min64(end, 0xc0000000u); /* devices follow */
     if (end > (1ull << 32) && !config.high_end) {
         config.high_base = max64(base, 1ull << 32);
         config.high_end = end;
@@ -158,7 +157,7 @@ static u64 number(const char **at) {
         return ALL;
     u32 base = key(at, "0x") ? 16 : 10;
     for (;; (*at)++) {
-        u8 c = **at | 0x20, digit = c >= 'a' ? c - 'a' + 10 : c <= '9' ? c - '0' : 255; /* or wraps */
+        u8 c = **at | 0x20, digit = c >= 'a' ? c - 'a' + 10 : c <= '9' ? c - '0' : 255; /* wraps below 0 */
         if (digit >= base)
             break;
         v = v * base + digit;
@@ -188,7 +187,7 @@ void machine_init(u32 start_info, u32 boot_params) {
     outb(COM + 2, 1); /* FIFOs */
     outb(0x21, 0xff); /* no interrupt but the LAPIC timer's, which ends clock_sleep (start.S) */
     outb(0xa1, 0xff);
-    *(volatile u32 *)0xfee000f0 = 0x1ff; /* enabled */
+    *(volatile u32 *)0xfee000f0 = 0x120; /* enabled */
     *(volatile u32 *)0xfee003e0 = 0xb;   /* divide by 1 */
     *(volatile u32 *)0xfee00320 = 0x20;  /* one-shot, vector 32 */
     report.tsc_khz = khz_kvmclock() ?: khz_pit();
@@ -196,7 +195,6 @@ void machine_init(u32 start_info, u32 boot_params) {
         fail("neither kvmclock nor a PIT to calibrate the TSC by, kHz", report.tsc_khz);
     us_per_tsc = div64(1000ull << 32, report.tsc_khz);
     last_tsc = rdtsc();
-
     const char *line = (const char *)(u32)(start_info ? peek(start_info + 24) : peek(boot_params + 0x228));
     u32 map = start_info ? (u32)peek(start_info + 40) : boot_params + 0x2d0, entry_bytes = start_info ? 24 : 20;
     u32 entries = start_info ? (u32)peek(start_info + 48) : (u8)peek(boot_params + 0x1e8);

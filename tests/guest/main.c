@@ -101,10 +101,9 @@ static u32 walk(const struct range *range, u32 *at, u32 pages, u32 low, u32 spre
             }
         }
     }
-    if (*at < range->pages)
-        return 0;
-    *at = 0;
-    return 1;
+    u32 end = *at == range->pages;
+    *at = end ? 0 : *at;
+    return end;
 }
 
 /* Fills the pages above 4 GiB, a GiB after the other, which is shown at 0x40000000 meanwhile: by long mode's page tables (2 MiB
@@ -112,7 +111,7 @@ static u32 walk(const struct range *range, u32 *at, u32 pages, u32 low, u32 spre
    since walking tables makes an emulated guest slow. */
 static void fill_high(void) {
     static u64 tables[4][512] __attribute__((aligned(4096)));
-    tables[0][0] = (u32)tables[1] | 3;
+    tables[0][0] = (u32)tables[1] | 3; /* present and writable; 0x80 below: 2 MiB */
     tables[1][0] = (u32)tables[2] | 3;
     tables[1][1] = (u32)tables[3] | 3;
     for (u64 done = 0, part; done < report.high.pages; done += part) {
@@ -161,7 +160,8 @@ static void run(void) {
         last = now;
         gap_max = max64(gap_max, gap); /* since the last heartbeat */
         report.gap_us_max = max64(report.gap_us_max, gap);
-        u32 busy = write_batch(gap) | net_poll() | console_poll(), due = period && now - beat >= period;
+        u32 sending = console_poll(), busy = write_batch(gap) | net_poll() | sending;
+        u32 due = period && now - beat >= period && !sending; /* a late heartbeat rather than old figures in a queue */
         report.verified += walk(&report.ws, &ws_at, 9, (u32)report.passes + 1, report.position > 0);
         walk(&report.low, &low_at, 8, 1, 0);
         if (due || now - slow >= 10000) {

@@ -353,18 +353,18 @@ pub enum Response {
     Error(ApiError),
 }
 
-/// The command's end.
+/// One request and its answers, seen from the command.
 #[derive(Debug)]
-pub struct Client {
+pub struct Exchange {
     stream: BufReader<UnixStream>,
 }
 
-impl Client {
+impl Exchange {
     /// Connects to the agent at `socket` and sends `request`.
     ///
     /// # Errors
     /// No agent there, or no permission: in words.
-    pub fn ask(socket: &Path, request: &Request) -> Result<Client, ApiError> {
+    pub fn ask(socket: &Path, request: &Request) -> Result<Exchange, ApiError> {
         let error = |e: std::io::Error| {
             let hint = match e.kind() {
                 std::io::ErrorKind::PermissionDenied => "run it as root",
@@ -377,7 +377,7 @@ impl Client {
         line.push(b'\n');
         stream.set_write_timeout(Some(Duration::from_secs(10))).map_err(error)?;
         stream.write_all(&line).map_err(error)?;
-        Ok(Client { stream: BufReader::new(stream) })
+        Ok(Exchange { stream: BufReader::new(stream) })
     }
 
     /// The next line of the answer; none when the agent has closed the stream.
@@ -453,10 +453,10 @@ mod tests {
             line
         });
         let mut seen = 0;
-        let answer = Client::ask(&socket, &Request::VmList).unwrap().finish(|_| seen += 1).unwrap();
+        let answer = Exchange::ask(&socket, &Request::VmList).unwrap().finish(|_| seen += 1).unwrap();
         assert!(matches!(answer, Answer::Done(words) if words == "well"));
         assert_eq!((serving.join().unwrap().as_str(), seen), ("\"vm_list\"\n", 1));
-        let error = Client::ask(&dir.path().join("none"), &Request::VmList).unwrap_err();
+        let error = Exchange::ask(&dir.path().join("none"), &Request::VmList).unwrap_err();
         assert!(error.words.contains("is `limosa agent` running?"), "{error}");
     }
 }

@@ -10,7 +10,7 @@ pub(crate) mod vm;
 
 use crate::args::Cli;
 use crate::output;
-use limosa_agent::api::{Answer, ApiError, Client, JobInfo, Request, Response, exit};
+use limosa_agent::api::{Answer, ApiError, Exchange, JobInfo, Request, Response, exit};
 use std::path::{Path, PathBuf};
 
 /// What every command needs of the command line.
@@ -32,7 +32,7 @@ impl Context {
 
     /// Asks the agent; progress goes to `on_job`, warnings to standard error.
     pub(crate) fn ask_with(&self, request: &Request, mut on_job: impl FnMut(&JobInfo)) -> Result<Answer, ApiError> {
-        Client::ask(&self.socket, request)?.finish(|response| match response {
+        Exchange::ask(&self.socket, request)?.finish(|response| match response {
             Response::Progress(job) => on_job(job),
             Response::Warning(words) => output::note(format!("limosa: warning: {words}")),
             Response::Result(_) | Response::Error(_) => {}

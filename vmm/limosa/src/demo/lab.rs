@@ -2,7 +2,7 @@
 //! Everything has the demo's process id in its name, is known here before it exists, and is gone after
 //! [`Lab::clean`], which may run at any time and more than once. What is tried in the lab is not its business.
 
-use limosa_agent::api::{Client, HostInfo, Request};
+use limosa_agent::api::{Exchange, HostInfo, Request};
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
@@ -140,7 +140,8 @@ impl Lab {
             for other in Host::BOTH.into_iter().filter(|other| other != host) {
                 let address = format!("{}:{PORT}", host.address());
                 let info = HostInfo { name: host.name().into(), id: id.clone(), address };
-                let done = Client::ask(&self.api(other), &Request::HostTrust(info)).and_then(|client| client.finish(|_| {}));
+                let done =
+                    Exchange::ask(&self.api(other), &Request::HostTrust(info)).and_then(|exchange| exchange.finish(|_| {}));
                 done.map_err(io::Error::other)?;
             }
         }
@@ -175,7 +176,7 @@ impl Lab {
     fn wait_for_agent(&self, host: Host) -> io::Result<String> {
         let until = Instant::now() + Duration::from_secs(15);
         loop {
-            let answer = Client::ask(&self.api(host), &Request::HostId).and_then(|client| client.finish(|_| {}));
+            let answer = Exchange::ask(&self.api(host), &Request::HostId).and_then(|exchange| exchange.finish(|_| {}));
             if let Ok(limosa_agent::api::Answer::Host(info)) = answer {
                 return Ok(info.id);
             }

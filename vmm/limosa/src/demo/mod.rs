@@ -10,7 +10,7 @@ use crate::commands::{Context, Ended, migrate, strange};
 use crate::output;
 use guest::{Guest, Heartbeat};
 use lab::{Host, Lab};
-use limosa_agent::api::{Answer, ApiError, Client, JobInfo, JobState, MigrateRequest, Request, Response, exit};
+use limosa_agent::api::{Answer, ApiError, Exchange, JobInfo, JobState, MigrateRequest, Request, Response, exit};
 use nix::sys::signal::{SigSet, Signal};
 use pinger::{Pinger, Pings};
 use std::io;
@@ -138,8 +138,8 @@ fn move_guest(lab: &Lab, args: &DemoArgs, plaintext: bool, quiet: bool) -> Resul
         ..MigrateRequest::default()
     };
     let mut progress = output::Progress::new(quiet);
-    let client = Client::ask(&lab.api(Host::Alpha), &Request::Migrate(request))?;
-    let answer = client.finish(|response| {
+    let exchange = Exchange::ask(&lab.api(Host::Alpha), &Request::Migrate(request))?;
+    let answer = exchange.finish(|response| {
         if let Response::Progress(job) = response {
             progress.show(job);
         }
@@ -180,7 +180,7 @@ fn check(guest: &Guest, moved: Heartbeat, writes: bool) -> (bool, String) {
 }
 
 fn ask(lab: &Lab, host: Host, request: &Request) -> Result<Answer, ApiError> {
-    Client::ask(&lab.api(host), request)?.finish(|_| {})
+    Exchange::ask(&lab.api(host), request)?.finish(|_| {})
 }
 
 fn show(context: &Context, found: &Findings) {
