@@ -5,7 +5,6 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
-
 enum { PAGE = 4096, BATCH = 256, LOW_START = 0x1000000 };
 enum { BOOTING = 1, FILLING = 2, RUNNING = 3, FAILED = 4 };
 #define ALL (~0ull) /* a size or rate of "max" */

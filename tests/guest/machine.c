@@ -1,5 +1,5 @@
-/* The machine the guest finds: the serial port behind a ring (so that a line costs the main loop 16 characters at a time) and
-   the ways to stop; the TSC, calibrated once, and the watch on kvmclock; command line and memory map. Not what is done there. */
+/* The machine the guest finds: the serial port behind a ring (a line costs the main loop 16 characters at a time), the
+   ways to stop, the TSC and the watch on kvmclock, command line and memory map. Not the network. */
 #include <stdarg.h>
 #include "guest.h"
 
@@ -88,7 +88,7 @@ static u32 khz_kvmclock(void) {
     return pvclock.shift < 0 ? khz << -pvclock.shift : khz >> pvclock.shift;
 }
 
-/* Counts TSC ticks while channel 0 of the PIT (1193.182 kHz), read by latching, counts down for 25 ms. 0 if there is no PIT. */
+/* Counts TSC ticks while channel 0 of the PIT (1193.182 kHz, read by latching) counts for 25 ms. 0 without a PIT. */
 static u32 khz_pit(void) {
     outb(0x43, 0x34);
     outb(0x40, 0);
@@ -162,13 +162,12 @@ static u64 number(const char **at) {
             break;
         v = v * base + digit;
     }
-    u32 shift = key(at, "K") ? 10 : key(at, "M") ? 20 : key(at, "G") ? 30 : 0;
-    return v << shift;
+    return v << (key(at, "K") ? 10 : key(at, "M") ? 20 : key(at, "G") ? 30 : 0);
 }
 
 static void word(const char *p) {
     static const struct { const char *name; u64 *value; } numbers[] = {
-        { "ws=", &config.ws }, { "fill=", &config.fill }, { "dirty=", &config.dirty }, { "heartbeat=", &config.heartbeat_ms }
+        {"ws=", &config.ws}, {"fill=", &config.fill}, {"dirty=", &config.dirty}, {"heartbeat=", &config.heartbeat_ms},
     };
     for (u32 i = 0; i < 4; i++)
         if (key(&p, numbers[i].name))

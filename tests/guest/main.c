@@ -1,4 +1,4 @@
-/* The guest's work: fill memory, dirty the working set at a rate, check it, keep the books. README.md explains the order of writes. */
+/* The guest's work: fill memory, dirty the working set at a rate, check it, keep the books. README.md has the order. */
 #include "guest.h"
 
 #define TAG_STEP 0x9e3779b1u /* odd: the tag of page n is n * TAG_STEP, so no two pages have the same */
@@ -7,8 +7,8 @@ enum { STRIDE = 40503 }; /* odd, so x -> 5x + STRIDE visits all 2^k pages of a c
 extern u8 report_page[PAGE];
 struct report report = { .state = BOOTING, .batch_pages = BATCH };
 
-static u32 chunk_base, chunk_pages, chunk_done, chunk_x; /* the power-of-two chunk that is being written; x in bytes */
-static u64 credit, rate; /* pages that may be written now, and a µs; in 2^-32 */
+static u32 chunk_base, chunk_pages, chunk_end, chunk_x; /* the power-of-two chunk that is being written; x in bytes */
+static u64 credit, rate; /* pages that may be written now, and that a µs adds; in 2^-32 */
 
 /* Copies the books into the slot that hosts do not read, then makes it the one they do: whole at any instant. */
 void publish(void) {
@@ -26,8 +26,8 @@ static void bad(u64 gpa, u32 expected, u32 actual, const char *what) {
     }
     publish();
     if (report.errors <= 16) /* then the heartbeat's count has to do */
-        put("limosa-guest ERROR gpa=0x%x expected=0x%x actual=0x%x what=%s errors=%u\n", gpa, (u64)expected, (u64)actual, what,
-            report.errors);
+        put("limosa-guest ERROR gpa=0x%x expected=0x%x actual=0x%x what=%s errors=%u\n", gpa, (u64)expected,
+            (u64)actual, what, report.errors);
 }
 
 /* Gives each page counter 1 and its tag in three places. */
@@ -47,11 +47,12 @@ static void next_chunk(void) {
     }
     chunk_pages = 1u << (31 - __builtin_clz((u32)report.ws.pages - report.position));
     chunk_base = (u32)report.ws.base + report.position * PAGE;
-    chunk_done = chunk_x = 0;
+    chunk_end = report.position + chunk_pages;
+    chunk_x = 0;
 }
 
-/* Raises the counters of the next pages of the pass and proves that each was what it had to be. Inlined and unrolled since
-   emulation is paid by the instruction: 5 a page. */
+/* Raises the counters of the next pages of the pass and proves that each was what it had to be. Inlined and unrolled
+   since emulation is paid by the instruction: 5 a page. */
 static inline __attribute__((always_inline)) void write_pages(u32 pages, u32 factor, u32 stride) {
     u32 x = chunk_x, base = chunk_base, old = (u32)report.passes + 1, new = old + 1, mask = chunk_pages * PAGE - 1;
 #pragma GCC unroll 8
@@ -68,25 +69,22 @@ static inline __attribute__((always_inline)) void write_pages(u32 pages, u32 fac
 /* Writes what the rate allows; returns how many pages. */
 static u32 write_batch(u64 elapsed_us) {
     credit = rate == ALL ? CREDIT_MAX : min64(credit + min64(elapsed_us, 100000) * rate, CREDIT_MAX);
-    u32 pages = min64(min64(credit >> 32, BATCH), chunk_pages - chunk_done);
-    if (!pages)
-        return 0;
+    u32 pages = min64(min64(credit >> 32, BATCH), chunk_end - report.position);
     if (report.sequential)
         write_pages(pages, 1, PAGE);
     else
         write_pages(pages, 5, STRIDE * PAGE);
     credit -= (u64)pages << 32;
-    chunk_done += pages;
     report.position += pages;
     report.written += pages;
     report.counters_sum += pages;
-    if (chunk_done == chunk_pages)
+    if (report.position == chunk_end)
         next_chunk();
     return pages;
 }
 
-/* Looks at some pages from number *at of a range on: their tags in all places, and a counter from low to low + spread. A bad
-   tag is put right, so that it counts once. Returns 1 at the end of the range. */
+/* Looks at some pages from number *at of a range on: their tags in all places, and a counter from low to low + spread.
+   A bad tag is put right, so that it counts once. Returns 1 at the end of the range. */
 static u32 walk(const struct range *range, u32 *at, u32 pages, u32 low, u32 spread) {
     for (; pages && *at < range->pages; pages--, (*at)++) {
         volatile u32 *page = (void *)((u32)range->base + *at * PAGE);
@@ -106,8 +104,8 @@ static u32 walk(const struct range *range, u32 *at, u32 pages, u32 low, u32 spre
     return end;
 }
 
-/* Fills the pages above 4 GiB, a GiB after the other, which is shown at 0x40000000 meanwhile: by long mode's page tables (2 MiB
-   pages) with 32-bit code in compatibility mode, since KVM over PVM refuses CR0.PG without long mode. Paging is not left on,
+/* Fills the pages above 4 GiB, GiB by GiB, each shown at 0x40000000 meanwhile: by long mode's page tables (2 MiB pages)
+   with 32-bit code in compatibility mode, since KVM over PVM refuses CR0.PG without long mode. Paging is not left on,
    since walking tables makes an emulated guest slow. */
 static void fill_high(void) {
     static u64 tables[4][512] __attribute__((aligned(4096)));
@@ -123,10 +121,10 @@ static void fill_high(void) {
         }
         __asm__ volatile("movl %%cr4, %%eax; orl $0x20, %%eax; movl %%eax, %%cr4; movl %0, %%cr3;"
                          "movl $0xc0000080, %%ecx; rdmsr; orl $0x100, %%eax; wrmsr;"
-                         "movl %%cr0, %%eax; orl $0x80000000, %%eax; movl %%eax, %%cr0; jmp 1f; 1:"
+                         "movl %%cr0, %%eax; btsl $31, %%eax; movl %%eax, %%cr0; jmp 1f; 1:"
                          : : "r"(tables) : "eax", "ecx", "edx", "memory");
         fill_pages(0x40000000 + (u32)in_window * PAGE, part, (u32)number * TAG_STEP);
-        __asm__ volatile("movl %%cr0, %%eax; andl $0x7fffffff, %%eax; movl %%eax, %%cr0; jmp 1f; 1:" : : : "eax", "memory");
+        __asm__ volatile("movl %%cr0, %%eax; btrl $31, %%eax; movl %%eax, %%cr0; jmp 1f; 1:" : : : "eax", "memory");
     }
 }
 
@@ -172,14 +170,13 @@ static void run(void) {
         if (due) {
             beat = now - beat < 2 * period ? beat + period : now;
             report.heartbeats++;
-            put("limosa-guest heartbeat n=%l up_us=%l gap_us=%l gap_us_max=%l written=%l sum=%l passes=%l verified=%l errors=%u "
-                "bad=0x%x rx=%l tx=%l backwards=%u kvmclock_ns=%l\n", report.heartbeats, now, gap_max, report.gap_us_max,
-                report.written, report.counters_sum, report.passes, report.verified, report.errors, report.bad_gpa,
-                report.rx_packets, report.tx_packets, report.clock_backwards, report.kvmclock_ns);
+            put("limosa-guest heartbeat n=%l up_us=%l gap_us=%l gap_us_max=%l written=%l sum=%l passes=%l verified=%l "
+                "errors=%u bad=0x%x rx=%l tx=%l backwards=%u kvmclock_ns=%l\n", report.heartbeats, now, gap_max,
+                report.gap_us_max, report.written, report.counters_sum, report.passes, report.verified, report.errors,
+                report.bad_gpa, report.rx_packets, report.tx_packets, report.clock_backwards, report.kvmclock_ns);
             gap_max = 0;
         }
-        if (busy || slow == now)
-            publish();
+        publish();
         if (!busy)
             clock_sleep();
     }
@@ -196,9 +193,9 @@ void guest_main(u32 start_info, u32 boot_params) {
     report.state = RUNNING;
     publish();
     u32 ip = report.ip;
-    put("limosa-guest ready version=1 ws_base=0x%x ws_pages=%l low_pages=%l high_pages=%l dirty=%l pattern=%s tsc_khz=%u fill_us=%l "
-        "ip=%u.%u.%u.%u net=%u\n", report.ws.base, report.ws.pages, report.low.pages, report.high.pages, config.dirty,
-        report.sequential ? "sequential" : "random", report.tsc_khz, clock_us(), ip >> 24, ip >> 16 & 255, ip >> 8 & 255,
-        ip & 255, report.net);
+    put("limosa-guest ready version=1 ws_base=0x%x ws_pages=%l low_pages=%l high_pages=%l dirty=%l pattern=%s "
+        "tsc_khz=%u fill_us=%l ip=%u.%u.%u.%u net=%u\n", report.ws.base, report.ws.pages, report.low.pages,
+        report.high.pages, config.dirty, report.sequential ? "sequential" : "random", report.tsc_khz, clock_us(),
+        ip >> 24, ip >> 16 & 255, ip >> 8 & 255, ip & 255, report.net);
     run();
 }

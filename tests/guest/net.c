@@ -1,10 +1,10 @@
-/* virtio-net over virtio-mmio version 2, polled: answers ARP, ICMP echo and UDP echo on port 7. Everything else is dropped. */
+/* virtio-net over virtio-mmio version 2, polled: answers ARP, ICMP echo and UDP echo on port 7, drops all else. */
 #include "guest.h"
 
 enum { QUEUE = 32, BUFFER = 2048, HEADER = 12, FRAME_MAX = 1514, RX = 0, TX = 1 };
 enum { /* registers of virtio-mmio; 64-bit addresses have their upper half behind the lower */
     FEATURES = 0x20, FEATURES_WORD = 0x24, QUEUE_SELECT = 0x30, QUEUE_MAX = 0x34,
-    QUEUE_SIZE = 0x38, QUEUE_READY = 0x44, NOTIFY = 0x50, STATUS = 0x70, DESCRIPTORS = 0x80 /* and two more */, MAC = 0x100,
+    QUEUE_SIZE = 0x38, QUEUE_READY = 0x44, NOTIFY = 0x50, STATUS = 0x70, DESCRIPTORS = 0x80, MAC = 0x100,
 };
 struct done { u32 id, length; };
 static volatile struct queue {
@@ -87,14 +87,14 @@ static u32 answer(u8 *f, u32 n) {
     u8 *body = f + 14 + header;
     if (n < 42)
         return 0;
-    if (!__builtin_memcmp(f + 12, "\x08\x06\0\x01\x08\0\x06\x04\0\x01", 10) && *(u32 *)(f + 38) == us) { /* ARP request */
+    if (!__builtin_memcmp(f + 12, "\x08\x06\0\x01\x08\0\x06\x04\0\x01", 10) && *(u32 *)(f + 38) == us) { /* ARP */
         f[21] = 2;
         __builtin_memcpy(f + 32, f + 22, 10); /* the sender becomes the target */
         __builtin_memcpy(f + 22, report.mac, 6);
         *(u32 *)(f + 28) = us;
         total = 28;
-    } else if (__builtin_memcmp(f, report.mac, 6) || be16(f + 12) != 0x800 || f[14] >> 4 != 4 || header < 20 || total > n - 14
-               || total < header + 8 || (be16(f + 20) & 0x3fff) || ip[1] != us) {
+    } else if (__builtin_memcmp(f, report.mac, 6) || be16(f + 12) != 0x800 || f[14] >> 4 != 4 || header < 20
+               || total > n - 14 || total < header + 8 || (be16(f + 20) & 0x3fff) || ip[1] != us) {
         return 0; /* not IPv4 in one piece for us */
     } else {
         if (f[23] == 1 && be16(body) == 0x800) {

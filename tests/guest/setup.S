@@ -1,4 +1,4 @@
-# A bzImage around the flat image: the setup header (boot protocol 2.12, 32-bit entry at 0x100000) and no real-mode code.
+# A bzImage around the flat image: the setup header (boot protocol 2.12, 32-bit entry at 0x100000), no real-mode code.
         .macro field offset kind value
         .org    \offset
         \kind   \value

@@ -15,7 +15,7 @@ pvh_entry:
         cld                             # both loaders enter with flat segments and interrupts off
         lgdt    gdt_pointer
         lidt    idt_pointer
-        movl    $stack_end, %esp
+        movl    $stack + 8192, %esp
         pushl   %esi
         pushl   %ebx
         call    guest_main
@@ -31,7 +31,6 @@ irq_stub:                               # interrupts are on only in the HLT abov
         addl    $12, %esp               # and IRET is what KVM's emulator lacks in protected mode
         jmp     1b
 
-        .balign 8
 gdt:    .quad   0, 0x00cf9b000000ffff   # CS of the interrupt
 gdt_pointer:
         .word   gdt_pointer - gdt - 1
@@ -42,4 +41,3 @@ idt_pointer:
         .word   idt_pointer - idt - 1
         .long   idt
         .lcomm  stack, 8192
-        .set    stack_end, stack + 8192

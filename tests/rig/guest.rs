@@ -128,7 +128,7 @@ pub struct GuestReport {
     pub uptime_us: u64,
     /// kvmclock as last read, 0 without one.
     pub kvmclock_ns: u64,
-    /// As calibrated or given.
+    /// As calibrated.
     pub tsc_khz: u32,
     /// How often the TSC or kvmclock was seen to go back.
     pub clock_backwards: u32,
@@ -521,8 +521,8 @@ mod tests {
     }
 
     #[test]
-    fn under_tcg_at_a_rate_in_order_from_a_bzimage() {
-        proves_its_memory("tcg", |images| images.bzimage.clone(), "ws=8212K pattern=sequential dirty=20M heartbeat=200");
+    fn under_tcg_at_a_rate_in_order() {
+        proves_its_memory("tcg", |images| images.elf.clone(), "ws=8212K pattern=sequential dirty=20M heartbeat=200");
     }
 
     #[test]

@@ -88,6 +88,8 @@ impl Lab {
         let plug_in = |letter: &str, inner: &str, port: &str| -> Result<Netns> {
             let netns = Netns::create(&format!("{name}-{letter}"))?;
             switch.ip(&format!("link add {port} type veth peer name {inner} netns {}", netns.name()))?;
+            // As a real card has it: below the fe:... of TAPs, so that the bridge keeps this address for good.
+            netns.ip(&format!("link set {inner} address 02:00:00:77:00:0{}", if letter == "w" { "c" } else { letter }))?;
             switch.ip(&format!("link set {port} master {SWITCH}"))?;
             switch.ip(&format!("link set {port} up"))?;
             Ok(netns)

@@ -65,8 +65,14 @@ impl Hosting for Reception {
         });
         let (done, ended) = oneshot::channel();
         tokio::spawn(show(Arc::clone(agent), job, hello.vm.memory.bytes(), seen, ended));
-        let receiving =
-            Receiving { agent: Arc::clone(agent), job, vm: None, cancel: cancel.clone(), announce_end: Arc::default() };
+        let receiving = Receiving {
+            agent: Arc::clone(agent),
+            job,
+            vm: None,
+            runs: None,
+            cancel: cancel.clone(),
+            announce_end: Arc::default(),
+        };
         Ok(Incoming {
             host: Box::new(receiving),
             config,
@@ -168,6 +174,8 @@ struct Receiving {
     agent: Arc<Agent>,
     job: u64,
     vm: Option<Claim>,
+    /// The guest once it runs here and is claimed no more.
+    runs: Option<Arc<Vm>>,
     cancel: Cancel,
     announce_end: Arc<AtomicBool>,
 }
@@ -223,6 +231,7 @@ impl DestinationHost for Receiving {
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
+        self.runs = Some(Arc::clone(&guest));
         self.vm = None;
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
         let (agent, job) = (Arc::clone(&self.agent), self.job);
@@ -255,8 +264,7 @@ impl DestinationHost for Receiving {
     }
 
     fn cpu_seconds(&mut self) -> f64 {
-        let guest = self.vm.as_ref().map(|claim| Arc::clone(claim.vm()));
-        guest.map_or(0.0, |vm| vm.cpu_seconds())
+        self.vm.as_ref().map(Claim::vm).or(self.runs.as_ref()).map_or(0.0, |vm| vm.cpu_seconds())
     }
 }
 
