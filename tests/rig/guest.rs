@@ -401,7 +401,7 @@ mod tests {
     }
 
     impl Guest {
-        fn start(accel: &str, kernel: impl Fn(&GuestImages) -> PathBuf, cmdline: &str) -> Option<Self> {
+        fn start(accel: &str, cmdline: &str) -> Option<Self> {
             let dir = tempfile::tempdir().unwrap();
             let images = build(dir.path()).unwrap();
             let memory_path = dir.path().join("memory");
@@ -411,7 +411,7 @@ mod tests {
                 .arg("-object")
                 .arg(format!("memory-backend-file,id=m,size={MEMORY_BYTES},share=on,mem-path={}", memory_path.display()))
                 .args(["-m", "96M", "-append", cmdline, "-kernel"])
-                .arg(kernel(&images))
+                .arg(&images.elf)
                 .arg("-serial")
                 .arg(format!("file:{}", dir.path().join("serial").display()))
                 .stdin(Stdio::piped())
@@ -475,8 +475,8 @@ mod tests {
 
     /// Pauses the guest several times at whatever instant and checks all of its memory; then makes one page stale, and
     /// both the host and the guest must see it.
-    fn proves_its_memory(accel: &str, kernel: impl Fn(&GuestImages) -> PathBuf, cmdline: &str) {
-        let Some(mut guest) = Guest::start(accel, kernel, cmdline) else { return };
+    fn proves_its_memory(accel: &str, cmdline: &str) {
+        let Some(mut guest) = Guest::start(accel, cmdline) else { return };
         let SerialLine::Ready(ready) = guest.wait_for(|line| matches!(line, SerialLine::Ready(_))) else { panic!() };
         assert_eq!(ready.number("ws_base"), Some(WORKING_SET_GPA));
         let mut written = 0;
@@ -517,12 +517,12 @@ mod tests {
 
     #[test]
     fn under_tcg_at_full_speed() {
-        proves_its_memory("tcg", |images| images.elf.clone(), "ws=9M dirty=max fill=8M heartbeat=200");
+        proves_its_memory("tcg", "ws=9M dirty=max fill=8M heartbeat=200");
     }
 
     #[test]
     fn under_tcg_at_a_rate_in_order() {
-        proves_its_memory("tcg", |images| images.elf.clone(), "ws=8212K pattern=sequential dirty=20M heartbeat=200");
+        proves_its_memory("tcg", "ws=8212K pattern=sequential dirty=20M heartbeat=200");
     }
 
     #[test]
@@ -530,12 +530,12 @@ mod tests {
         if File::options().read(true).write(true).open("/dev/kvm").is_err() {
             return skip("/dev/kvm cannot be opened");
         }
-        proves_its_memory("kvm", |images| images.elf.clone(), "ws=9M dirty=max fill=8M heartbeat=200");
+        proves_its_memory("kvm", "ws=9M dirty=max fill=8M heartbeat=200");
     }
 
     #[test]
     fn a_filled_page_that_is_lost_is_found() {
-        let Some(mut guest) = Guest::start("tcg", |images| images.elf.clone(), "ws=1M fill=1M heartbeat=200") else { return };
+        let Some(mut guest) = Guest::start("tcg", "ws=1M fill=1M heartbeat=200") else { return };
         guest.wait_for(|line| matches!(line, SerialLine::Ready(_)));
         guest.tell("stop", "paused");
         guest.check().unwrap();

@@ -2,7 +2,7 @@
 //! The control channel may be replaced on the way, by a source in doubt that connects anew.
 
 use crate::control::ControlError;
-use crate::driver::{counted, now, until};
+use crate::driver::{Cancel, counted, now, until};
 use crate::host::{DestinationHost, Incoming, IncomingProgress, Peer};
 use crate::hosted::{Called, Hosted};
 use crate::lanes::{LaneCounters, LaneEvent, LaneReceiver, RoundCounts};
@@ -63,7 +63,7 @@ pub(crate) async fn run(
     place: Place,
     peer: Peer,
     control: Control,
-    mut arrivals: mpsc::UnboundedReceiver<Arrival>,
+    arrivals: mpsc::UnboundedReceiver<Arrival>,
     incoming: Incoming,
     hello: Box<Hello>,
 ) {
@@ -86,8 +86,8 @@ pub(crate) async fn run(
             return;
         }
     };
-    let (inner, mut inners) = mpsc::unbounded_channel();
-    let (lane_events, mut lanes) = mpsc::unbounded_channel();
+    let (inner, inners) = mpsc::unbounded_channel();
+    let (lane_events, lanes) = mpsc::unbounded_channel();
     let mut driver = Driver {
         engine,
         place,
@@ -102,7 +102,7 @@ pub(crate) async fn run(
         counters: Arc::default(),
         seen: 0,
         rounds: 0,
-        cpu_ns: cpu_ns.clone(),
+        cpu_ns,
         inner,
         lane_events,
         held: None,
@@ -110,57 +110,72 @@ pub(crate) async fn run(
     };
     tracing::info!(migration = %tag.migration, peer = %peer.id, vm = %hello.vm.name, "a migration comes in");
     driver.feed(DestinationEvent::Message(Message::Hello(hello)));
-    let mut cancelled = false;
-    let outcome = loop {
-        if let Some(outcome) = counted(&cpu_ns, || driver.apply_all()) {
-            break outcome;
-        }
-        driver.show();
-        let timer = driver.engine.timeout();
-        let held = driver.held.as_ref().map(|(at, _)| *at);
-        let receiving = driver.lanes.is_some() && driver.engine.state() <= DestinationState::Receiving;
-        tokio::select! {
-            biased;
-            Some(inner) = inners.recv() => counted(&cpu_ns, || driver.inner(inner)),
-            Some(event) = lanes.recv() => driver.lane(event),
-            received = receive(&mut driver.control) => counted(&cpu_ns, || driver.message(received)),
-            Some(arrival) = arrivals.recv() => driver.arrival(arrival),
-            words = cancel.cancelled(), if !cancelled => {
-                cancelled = true;
-                driver.feed(DestinationEvent::Cancel(words));
-            }
-            () = tokio::time::sleep_until(held.unwrap_or_else(Moment::now)), if held.is_some() => {
-                if let Some((_, words)) = driver.held.take() {
-                    driver.feed(DestinationEvent::LinkLost(words));
-                }
-            }
-            () = tokio::time::sleep(timer.map_or(Duration::ZERO, until)), if timer.is_some() => driver.feed(DestinationEvent::Timer),
-            () = tokio::time::sleep(TICK), if receiving => driver.tick(),
-        }
-    };
+    let outcome = driver.drive(inners, lanes, arrivals, &cancel).await;
     tracing::info!(migration = %tag.migration, ?outcome, "an incoming migration ended");
-    driver.show();
-    driver.close();
-    for ending in driver.ending.drain(..) {
-        let _ = ending.await;
-    }
-    // What was asked of the host last, above all Discard, is done before the place is free again.
-    let (say, said) = oneshot::channel();
-    driver.host.call(
-        HostTask::Discard,
-        |_| Ok(()),
-        |_: Called<()>| {
-            let _ = say.send(());
-        },
-    );
-    let _ = tokio::time::timeout(HOST_END_MAX, said).await;
-    drop(driver);
+    driver.end().await;
     if let Some(done) = done {
         let _ = done.send(outcome);
     }
 }
 
 impl Driver {
+    async fn drive(
+        &mut self,
+        mut inners: mpsc::UnboundedReceiver<Inner>,
+        mut lanes: mpsc::UnboundedReceiver<LaneEvent>,
+        mut arrivals: mpsc::UnboundedReceiver<Arrival>,
+        cancel: &Cancel,
+    ) -> DestinationOutcome {
+        let cpu_ns = self.cpu_ns.clone();
+        let mut cancelled = false;
+        loop {
+            if let Some(outcome) = counted(&cpu_ns, || self.apply_all()) {
+                return outcome;
+            }
+            self.show();
+            let timer = self.engine.timeout();
+            let held = self.held.as_ref().map(|(at, _)| *at);
+            let receiving = self.lanes.is_some() && self.engine.state() <= DestinationState::Receiving;
+            tokio::select! {
+                biased;
+                Some(inner) = inners.recv() => counted(&cpu_ns, || self.inner(inner)),
+                Some(event) = lanes.recv() => self.lane(event),
+                received = receive(&mut self.control) => counted(&cpu_ns, || self.message(received)),
+                Some(arrival) = arrivals.recv() => self.arrival(arrival),
+                words = cancel.cancelled(), if !cancelled => {
+                    cancelled = true;
+                    self.feed(DestinationEvent::Cancel(words));
+                }
+                () = tokio::time::sleep_until(held.unwrap_or_else(Moment::now)), if held.is_some() => {
+                    if let Some((_, words)) = self.held.take() {
+                        self.feed(DestinationEvent::LinkLost(words));
+                    }
+                }
+                () = tokio::time::sleep(timer.map_or(Duration::ZERO, until)), if timer.is_some() => self.feed(DestinationEvent::Timer),
+                () = tokio::time::sleep(TICK), if receiving => self.tick(),
+            }
+        }
+    }
+
+    /// Waits until no thread touches the guest's memory any more, and until the host has done what it was asked, above all
+    /// Discard; then the place is free again.
+    async fn end(mut self) {
+        self.show();
+        self.close();
+        for ending in self.ending.drain(..) {
+            let _ = ending.await;
+        }
+        let (say, said) = oneshot::channel();
+        self.host.call(
+            HostTask::Discard,
+            |_| Ok(()),
+            |_: Called<()>| {
+                let _ = say.send(());
+            },
+        );
+        let _ = tokio::time::timeout(HOST_END_MAX, said).await;
+    }
+
     fn feed(&mut self, event: DestinationEvent) {
         self.engine.handle(now(), event);
     }
