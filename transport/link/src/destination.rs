@@ -148,7 +148,7 @@ impl Driver {
                 }
                 () = tokio::time::sleep_until(held.unwrap_or_else(Moment::now)), if held.is_some() => {
                     if let Some((_, words)) = self.held.take() {
-                        self.feed(DestinationEvent::LinkLost(words));
+                        self.feed(DestinationEvent::HostFailed { task: HostTask::Pages, words });
                     }
                 }
                 () = tokio::time::sleep(timer.map_or(Duration::ZERO, until)), if timer.is_some() => self.feed(DestinationEvent::Timer),

@@ -171,7 +171,7 @@ impl Driver {
                 }
                 () = tokio::time::sleep_until(held.unwrap_or_else(Moment::now)), if held.is_some() => {
                     if let Some((_, words)) = self.held.take() {
-                        self.feed(SourceEvent::LinkLost(words));
+                        self.feed(SourceEvent::HostFailed { task: HostTask::Pages, words });
                     }
                 }
                 () = tokio::time::sleep(timer.map_or(Duration::ZERO, until)), if timer.is_some() => self.feed(SourceEvent::Timer),
@@ -252,7 +252,7 @@ impl Driver {
         if let Some((code, words)) = why {
             self.send(&Message::Abort { code, words: words.clone() });
             self.control = None;
-            self.feed(SourceEvent::LinkLost(words));
+            self.feed(SourceEvent::HostFailed { task: HostTask::Pages, words });
         }
     }
 

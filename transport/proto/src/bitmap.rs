@@ -101,8 +101,8 @@ impl PageSet {
         PageSet { words: std::mem::replace(&mut self.words, words) }
     }
 
-    /// The runs of consecutive pages, rising. A run never crosses a region of the map that the set was made
-    /// for unless pages that do not exist were put in.
+    /// The runs of consecutive page numbers, rising. Numbers run on from a region of a whole number of words into the
+    /// next, so a run can cross from one region into another: whoever needs memory that lies together cuts it there.
     #[must_use]
     pub fn runs(&self) -> Runs<'_> {
         Runs { words: &self.words, next: 0 }

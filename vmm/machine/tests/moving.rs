@@ -116,8 +116,14 @@ fn records_that_do_not_fit_are_refused() {
     assert!(load(records.clone()).is_ok());
     let two = Machine::new(config(2, 16)).unwrap();
     assert!(matches!(two.load(records.clone()), Err(LoadError::Board { .. })));
-    assert!(matches!(two.load(records.clone()), Err(LoadError::NotFresh)));
-    assert!(two.resume().is_err(), "a machine whose load failed does not run");
+    assert!(matches!(two.load(Vec::new()), Err(LoadError::Record(_))), "nothing was touched, so it may be tried again");
+    assert!(two.resume().is_err(), "a machine that was refused its state does not run");
+    let mut cut = records.clone();
+    cut.last_mut().unwrap().bytes.clear();
+    let spoilt = Machine::new(config(1, 16)).unwrap();
+    assert!(spoilt.load(cut).is_err());
+    assert!(matches!(spoilt.load(records.clone()), Err(LoadError::NotFresh)), "half a state is never loaded over");
+    assert!(spoilt.resume().is_err(), "a machine whose load failed does not run");
     for index in 0..records.len() {
         let mut fewer = records.clone();
         let gone = fewer.remove(index);
