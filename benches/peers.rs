@@ -4,7 +4,7 @@
 //! `cargo bench --bench peers -- [--memory 2G] [--runs 3] [--lanes 2]` as root, on an otherwise idle machine.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark prints")]
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rig::process::Process;
 use rig::qemu::{self, QemuResult, QemuSetup};
 use rig::{AgentConfig, GuestSpec, Lab};
@@ -44,22 +44,15 @@ fn mebibytes(text: &str) -> Result<u64> {
     }
 }
 
-/// Sets the congestion control for new sockets and puts the old one back at the end.
-struct Congestion(String);
-const CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
-
-impl Congestion {
-    fn cubic() -> Result<Congestion> {
-        let before = std::fs::read_to_string(CONGESTION)?;
-        std::fs::write(CONGESTION, "cubic").context("set cubic (root is needed)")?;
-        Ok(Congestion(before))
+/// A lab whose hosts use the same congestion control as every peer. The setting ends with its namespaces.
+fn lab() -> Result<Lab> {
+    let lab = Lab::two_hosts()?;
+    for host in [&lab.a, &lab.b] {
+        let mut command = host.netns.command("sh");
+        let done = command.args(["-c", "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control"]).status()?;
+        ensure!(done.success(), "cubic cannot be set in {}", host.netns.name());
     }
-}
-
-impl Drop for Congestion {
-    fn drop(&mut self) {
-        let _ = std::fs::write(CONGESTION, self.0.trim());
-    }
+    Ok(lab)
 }
 
 /// Bytes per second and CPU seconds per GiB (both ends) of iperf3 on the lab's path with 1 MiB writes.
@@ -110,8 +103,8 @@ fn guest(options: &Options, touched: bool) -> GuestSpec {
 }
 
 fn limosa(options: &Options, case: Case) -> Result<Row> {
-    let mut lab = Lab::two_hosts()?;
-    lab.start_agents(AgentConfig::default().migration("populate", "\"before\""))?;
+    let mut lab = lab()?;
+    lab.start_agents(AgentConfig::default().migration("populate", "\"before\"").migration("plaintext_lanes", case.plaintext))?;
     let spec = guest(options, case.touched);
     lab.a.start_guest(&spec)?;
     let agents = || Ok::<f64, anyhow::Error>(qemu::cpu_seconds(lab.a.agent_pid()?)? + qemu::cpu_seconds(lab.b.agent_pid()?)?);
@@ -179,8 +172,7 @@ fn print_row(name: &str, rows: &[Row], memory_mib: u64) {
 
 fn main() -> Result<()> {
     let options = options()?;
-    let _congestion = Congestion::cubic()?;
-    let lab = Lab::two_hosts()?;
+    let lab = lab()?;
     let cases = [
         Case { name: "Limosa, plaintext, 1 lane", lanes: 1, plaintext: true, touched: true },
         Case { name: "Limosa, plaintext, several lanes", lanes: options.lanes, plaintext: true, touched: true },
