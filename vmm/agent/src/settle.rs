@@ -154,8 +154,11 @@ fn give_back(agent: &Agent, id: VmId) -> String {
 pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
     let Some(last) = records.iter().max_by_key(|record| record.generation) else {
-        if state == Plugged::Paused {
-            own(vm);
+        match state {
+            Plugged::Paused => own(vm),
+            // It came in, and `ready` was never written: the source has never heard of it and runs the guest.
+            Plugged::Loaded => end_vm(agent, vm.id, false),
+            _ => {}
         }
         return;
     };
@@ -176,8 +179,10 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
         (DestinationVerdict::Undecided, Plugged::Running) => {
             note(agent, last, JournalRecordKind::Running, "its VMM runs it");
         }
-        (DestinationVerdict::Running | DestinationVerdict::NoRecord, Plugged::Paused | Plugged::Loaded) => own(vm),
-        (DestinationVerdict::Discarded, Plugged::Loaded) => end_vm(agent, vm.id, false),
+        (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
+            own(vm)
+        }
+        (DestinationVerdict::Discarded | DestinationVerdict::NoRecord, Plugged::Loaded) => end_vm(agent, vm.id, false),
         _ => {}
     }
 }

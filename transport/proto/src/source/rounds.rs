@@ -226,6 +226,7 @@ impl Core {
             self.patience(self.config.deadlines.stall);
         }
         self.progress.pages_remaining = remaining.min(self.progress.pages_remaining);
+        self.progress.bytes_on_wire = self.bytes_of_rounds().saturating_add(sent.bytes_on_wire);
         self.precopy.measure(sent.bytes_on_wire, self.now.since(self.round_since));
         self.rates();
     }
@@ -241,7 +242,6 @@ impl Core {
     }
 
     pub(super) fn record_round(&mut self, sent: RoundSent, took: Duration, dirty_after: u64) {
-        self.progress.bytes_on_wire = self.progress.bytes_on_wire.saturating_add(sent.bytes_on_wire);
         self.progress.rounds.push(RoundProgress {
             round: sent.round,
             pages: sent.pages,
@@ -250,6 +250,12 @@ impl Core {
             ms: took.as_secs_f64() * 1e3,
             dirty_after,
         });
+        self.progress.bytes_on_wire = self.bytes_of_rounds();
+    }
+
+    /// What the rounds that are over have sent.
+    fn bytes_of_rounds(&self) -> u64 {
+        self.progress.rounds.iter().fold(0, |sum, round| sum.saturating_add(round.bytes))
     }
 
     fn rates(&mut self) {

@@ -124,7 +124,8 @@ impl Lab {
         // Without forward_delay 0 a port forwards nothing for its first seconds.
         // An address of its own: else it takes that of its lowest port, and changes it when ports come and go.
         let mac = format!("02:00:00:13:56:{:02x}", address.octets()[3]);
-        let words = ["-n", namespace, "link", "add", name, "address", &mac, "type", "bridge", "stp_state", "0", "forward_delay", "0"];
+        let words =
+            ["-n", namespace, "link", "add", name, "address", &mac, "type", "bridge", "stp_state", "0", "forward_delay", "0"];
         self.ip(&words)?;
         self.ip(&["-n", namespace, "address", "add", &format!("{address}/24"), "dev", name])?;
         self.ip(&["-n", namespace, "link", "set", name, "up"])
