@@ -27,13 +27,13 @@ pub const PORT: u16 = 13560;
 /// What an agent is configured with; the default lets every host of the lab in.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
-    /// CIDRs of [allow].
+    /// CIDRs of `[allow]`.
     pub peers: Vec<String>,
-    /// [[network]] name and bridge.
+    /// `[[network]]` name and bridge.
     pub networks: Vec<(String, String)>,
-    /// Keys of [migration], as TOML writes their values.
+    /// Keys of `[migration]`, as TOML writes their values.
     pub migration: BTreeMap<String, String>,
-    /// Keys of [agent] beside the ones that the rig sets.
+    /// Keys of `[agent]` beside the ones that the rig sets.
     pub agent: BTreeMap<String, String>,
 }
 
@@ -49,7 +49,7 @@ impl Default for AgentConfig {
 }
 
 impl AgentConfig {
-    /// Sets one key of [migration].
+    /// Sets one key of `[migration]`.
     pub fn migration(mut self, key: &str, value: impl ToString) -> AgentConfig {
         self.migration.insert(key.to_owned(), value.to_string());
         self
