@@ -218,18 +218,48 @@ fn the_guest_answers_over_a_tap_before_and_after_a_move() {
     assert!(!left.contains("tapa") && !left.contains("tapb"), "TAPs are gone with their machines: {left}");
 }
 
+/// What a guest of 64 MiB needs.
+const HUGE_PAGES: u64 = 32;
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+fn number_in(path: &str) -> u64 {
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+fn free_huge_pages() -> u64 {
+    number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+}
+
+/// Huge pages reserved for one test and given back at its end.
+struct Reserved;
+
+impl Reserved {
+    fn new() -> Option<Reserved> {
+        std::fs::write(NR_HUGEPAGES, (number_in(NR_HUGEPAGES) + HUGE_PAGES).to_string()).ok()?;
+        let reserved = Reserved;
+        (free_huge_pages() >= HUGE_PAGES).then_some(reserved)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = std::fs::write(NR_HUGEPAGES, number_in(NR_HUGEPAGES).saturating_sub(HUGE_PAGES).to_string());
+    }
+}
+
 #[test]
 fn a_guest_runs_on_huge_pages_if_there_are_any() {
     let Some((_dir, elf, _)) = images() else { return };
     let memory = MemoryConfig { page_size: PageSize::Huge2M, populate: Populate::Now, ..MemoryConfig::new(64 << 20) };
-    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
-    if free.trim().parse::<u64>().unwrap_or(0) < 32 {
+    if free_huge_pages() < HUGE_PAGES {
         let error = Machine::new(MachineConfig::new(1, memory)).unwrap_err().to_string();
         assert!(error.contains("nr_hugepages"), "{error}");
-        assert!(std::env::var_os("LIMOSA_DEMAND_ALL").is_none_or(|value| value != "1"), "huge pages are demanded");
-        println!("skipped: fewer than 32 huge pages are free; the refusal was checked");
-        return;
     }
+    let Some(_reserved) = Reserved::new() else {
+        assert!(std::env::var_os("LIMOSA_DEMAND_ALL").is_none_or(|value| value != "1"), "huge pages are demanded");
+        println!("skipped: {HUGE_PAGES} huge pages cannot be reserved; only the refusal was checked");
+        return;
+    };
     let (machine, kept) = boot(&elf, "ws=4M dirty=max heartbeat=20", MachineConfig::new(1, memory));
     kept.wait_for(&machine, "limosa-guest ready", 1);
     machine.start_dirty_tracking().unwrap();
