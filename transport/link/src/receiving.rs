@@ -60,8 +60,8 @@ impl ReceiveLanes {
         let mut this = ReceiveLanes { shared: shared.clone(), closers: Vec::new(), threads: Vec::new(), populating: None };
         match populate {
             Populate::No => {}
+            // On the caller's thread, whose time the caller counts.
             Populate::Before => {
-                let _meter = CpuMeter::new(&shared.counters.cpu_ns);
                 populate_all(&shared.pages, &shared.known, &shared.stop)?;
             }
             Populate::Beside => {
