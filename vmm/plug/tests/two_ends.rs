@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 #[path = "../examples/scribbler.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "an example is used here as a module: its main is not called")]
 mod scribbler;
 use scribbler::Scribbler;
 
