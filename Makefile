@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check bench tidy fmt
+.PHONY: help setup demo test quick check bench tidy fmt lab lab-shell lab-up lab-down lab-status
 
 # Under sudo the caller's Rust is not in PATH. Use it, but keep root's own cargo home: no root-owned files in another's.
 ifneq ($(SUDO_USER),)
@@ -17,7 +17,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 CARGO ?= cargo
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install the system packages that building, testing and benchmarking need (root), or say what is missing
 	@packaging/setup.sh all
@@ -52,6 +52,30 @@ bench: ## the figures of docs/BENCHMARKS.md (root, an idle machine)
 	@packaging/setup.sh all
 	$(CARGO) build --release -p limosa
 	$(CARGO) bench -p rig
+
+# The lab's two machines are alpha and beta. CMD reaches the shell inside as it was typed: make expands nothing in it.
+# HOST counts only when it is said here: some shells have a variable of that name.
+export LAB_CMD := $(value CMD)
+LAB_RUN = $(CARGO) run --quiet -p rig --bin lab -- $(if $(LAB),--lab $(LAB)) $(if $(MEMORY),--memory $(MEMORY)) $(if $(CPUS),--cpus $(CPUS))
+LAB_HOST = $(if $(findstring command,$(origin HOST)),--host $(HOST))
+
+lab: ## CMD='ibv_devinfo': run it on two machines with soft-RoCE, KVM and netem (HOST=alpha: on one; LIMIT=seconds) (root)
+	@packaging/setup.sh lab
+	@$(LAB_RUN) run $(LAB_HOST) $(if $(LIMIT),--limit $(LIMIT)) -- "$${LAB_CMD:?what to run? make lab CMD=ibv_devinfo}"
+
+lab-shell: ## a shell in one machine of the lab (HOST=beta: in the other)
+	@packaging/setup.sh lab
+	@$(LAB_RUN) shell $(LAB_HOST)
+
+lab-up: ## make a lab that stays, for make lab and lab-shell to use (LAB=name: another one beside it; MEMORY=MiB, CPUS=n)
+	@packaging/setup.sh lab
+	@$(LAB_RUN) up
+
+lab-down: ## end the lab that stays
+	@$(LAB_RUN) down
+
+lab-status: ## say whether a lab is up, and where
+	@$(LAB_RUN) status
 
 fmt: ## format everything
 	$(CARGO) fmt --all

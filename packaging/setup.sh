@@ -3,7 +3,7 @@
 # Without root it says what is missing and ends with 1. If nothing is missing it says and does nothing.
 #
 #   setup.sh build   to compile                        setup.sh demo   and to run `limosa demo`
-#   setup.sh all     and to test and benchmark
+#   setup.sh lab     to run the soft-RoCE lab          setup.sh all    all of it: to test and benchmark
 set -eu
 
 RUST_MIN=1.95
@@ -13,12 +13,15 @@ purpose=${1:-all}
 # "command package" pairs: a package is missing if its command is.
 build='cc:gcc as:binutils ld:binutils make:make'
 demo="$build ip:iproute2 bridge:iproute2"
-all="$demo iperf3:iperf3 qemu-system-x86_64:qemu-system-x86"
+lab="$build ip:iproute2 qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio modprobe:kmod
+    ibv_devinfo:ibverbs-utils ib_write_bw:perftest ping:iputils-ping iperf3:iperf3"
+all="$demo $lab"
 case $purpose in
     build) wanted=$build ;;
     demo) wanted=$demo ;;
+    lab) wanted=$lab ;;
     all) wanted=$all ;;
-    *) echo "setup: what is '$purpose'? One of build, demo, all" >&2; exit 2 ;;
+    *) echo "setup: what is '$purpose'? One of build, demo, lab, all" >&2; exit 2 ;;
 esac
 
 missing=
@@ -30,6 +33,15 @@ for pair in $wanted; do
 done
 # The linker needs the C library's start files, which gcc only recommends.
 if ! [ -e "/usr/include/stdio.h" ]; then add libc6-dev; fi
+# Soft-RoCE's half of libibverbs is a plug-in that only this package has; RDMA's headers are for the test that compares
+# structures with C's.
+case $purpose in
+    lab | all) ls /usr/lib/*/libibverbs/librxe-rdmav*.so >/dev/null 2>&1 || add ibverbs-providers ;;
+esac
+if [ "$purpose" = all ]; then
+    [ -e /usr/include/infiniband/verbs.h ] || add libibverbs-dev
+    [ -e /usr/include/rdma/rdma_cma.h ] || add librdmacm-dev
+fi
 
 if [ -n "$missing" ]; then
     if ! command -v apt-get >/dev/null 2>&1; then

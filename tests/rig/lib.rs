@@ -11,6 +11,7 @@ pub mod net;
 pub mod netns;
 pub mod process;
 pub mod qemu;
+pub mod roce;
 pub mod skip;
 pub mod spec;
 

@@ -83,13 +83,14 @@ struct Gate {
 }
 
 /// Says something at most once a second, and how often it was not said.
-struct Sparing {
+#[derive(Default)]
+pub(crate) struct Sparing {
     last: Option<Instant>,
     unsaid: u64,
 }
 
 impl Sparing {
-    fn say(&mut self, words: impl FnOnce(u64)) {
+    pub(crate) fn say(&mut self, words: impl FnOnce(u64)) {
         if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
             self.unsaid += 1;
             return;
@@ -272,13 +273,13 @@ fn hand_over(known: Known, stream: TcpStream, from: SocketAddr, sessions: &Sessi
         Ok(Socket::from(stream))
     };
     match known {
-        Known::Plaintext(preamble) => sessions.lane(&preamble, None, Box::new(PlainReceiver::new(blocking(stream)?))),
+        Known::Plaintext(preamble) => sessions.lane("tcp", &preamble, None, Box::new(PlainReceiver::new(blocking(stream)?))),
         Known::Secure(secure) => {
             let (Secured { peer, sealer, opener, early }, opened, preamble) = *secure;
             match preamble {
                 Some(preamble) => {
                     let lane = SecureReceiver::new(blocking(stream)?, sealer, opener, &opened, &early);
-                    sessions.lane(&preamble, Some(peer), Box::new(lane))
+                    sessions.lane("tcp", &preamble, Some(peer), Box::new(lane))
                 }
                 None => {
                     let (read, write) = stream.into_split();

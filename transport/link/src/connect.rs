@@ -7,7 +7,7 @@ use crate::lanes::LaneSender;
 use crate::sessions::{LANE_ANSWER_BYTES, parse_lane_answer};
 use crate::tcp::{PlainSender, SecureSender, set_up, set_up_lane};
 use crate::tls::{self, ALERT_ACCESS_DENIED, TlsError, TrustedHosts};
-use crate::{Answer, Capabilities, Control, Link};
+use crate::{Answer, Capabilities, Control, LaneMemory, Link};
 use limosa_proto::identity::HostId;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::LanePreamble;
@@ -83,6 +83,18 @@ pub enum ConnectError {
         /// What it said.
         code: Code,
     },
+    /// A device or the fabric between the hosts let a lane not through.
+    #[error("destination {destination}: lane {lane} cannot be opened: {words}")]
+    Fabric {
+        /// Whom we asked for.
+        destination: String,
+        /// Which lane.
+        lane: u16,
+        /// The code that the report gets.
+        code: Code,
+        /// What failed, and what to do about it.
+        words: String,
+    },
     /// The connection failed on the way.
     #[error("destination {destination}: the connection failed while {doing}: {error}")]
     Io {
@@ -116,7 +128,7 @@ impl ConnectError {
                 TlsError::DestinationUntrusted(_) | TlsError::DestinationOther { .. } | TlsError::NoHostKey => Code::UnknownHost,
                 _ => Code::LinkLost,
             },
-            ConnectError::LaneRefused { code, .. } => *code,
+            ConnectError::LaneRefused { code, .. } | ConnectError::Fabric { code, .. } => *code,
             ConnectError::Crowded { .. } => Code::Busy,
             ConnectError::Timeout { .. } => Code::Timeout,
             ConnectError::Resolve { .. } | ConnectError::Unreachable { .. } | ConnectError::Io { .. } => Code::LinkLost,
@@ -284,7 +296,7 @@ impl TcpLink {
 }
 
 /// The address that we have when we speak to `to`. Connecting a datagram socket sends nothing.
-fn our_address(to: SocketAddr) -> String {
+pub(crate) fn our_address(to: SocketAddr) -> String {
     let any: SocketAddr = if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
     let address = UdpSocket::bind(any).and_then(|socket| {
         socket.connect(to)?;
@@ -295,7 +307,7 @@ fn our_address(to: SocketAddr) -> String {
 
 impl Link for TcpLink {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "tcp", secure_lanes: true, plaintext_lanes: true, lanes_max: LANES_MAX }
+        Capabilities { name: "tcp", secure_lanes: true, plaintext_lanes: true, page_check: false, lanes_max: LANES_MAX }
     }
 
     fn destination(&self) -> String {
@@ -306,7 +318,12 @@ impl Link for TcpLink {
         Box::pin(self.open_control())
     }
 
-    fn lane(&self, preamble: LanePreamble, plaintext: bool) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>> {
+    fn lane(
+        &self,
+        preamble: LanePreamble,
+        plaintext: bool,
+        _memory: &LaneMemory,
+    ) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>> {
         Box::pin(self.open_lane(preamble, plaintext))
     }
 }

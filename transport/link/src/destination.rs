@@ -2,6 +2,7 @@
 //! The control channel may be replaced on the way, by a source in doubt that connects anew.
 
 use crate::control::ControlError;
+use crate::direct::{ExposedError, Exposure, Fabric};
 use crate::driver::{Cancel, counted, now, until};
 use crate::host::{DestinationHost, Incoming, IncomingProgress, Peer};
 use crate::hosted::{Called, Hosted};
@@ -20,6 +21,7 @@ use limosa_proto::state::DestinationState;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Message, Refusal, VmDescription};
+use limosa_proto::wire::offer::Keys;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -42,6 +44,9 @@ struct Driver {
     host: Hosted<Box<dyn DestinationHost>>,
     vm: Option<Box<VmDescription>>,
     populate: Populate,
+    /// What its lanes come over, and the device that takes the memory in where that link has one.
+    link: String,
+    fabric: Option<Arc<dyn Fabric>>,
     control: Option<Control>,
     lanes: Option<ReceiveLanes>,
     /// How many lanes must join, once that is agreed.
@@ -88,6 +93,8 @@ pub(crate) async fn run(
     };
     let (inner, inners) = mpsc::unbounded_channel();
     let (lane_events, lanes) = mpsc::unbounded_channel();
+    let link = hello.link.clone();
+    let fabric = place.fabric().filter(|fabric| fabric.link() == link);
     let mut driver = Driver {
         engine,
         place,
@@ -95,6 +102,8 @@ pub(crate) async fn run(
         host,
         vm: None,
         populate,
+        link,
+        fabric,
         control: Some(control),
         lanes: None,
         wanted: 0,
@@ -218,6 +227,8 @@ impl Driver {
                 self.held = Some((Moment::now() + LANE_GRACE, words));
             }
             LaneEvent::Failed { lane, words } => tracing::debug!(lane, words, "a lane ended"),
+            LaneEvent::Opened(Ok(key)) => self.send(&Message::Keys(Keys { keys: vec![key] })),
+            LaneEvent::Opened(Err(words)) => self.feed(DestinationEvent::HostFailed { task: HostTask::Pages, words }),
         }
     }
 
@@ -246,7 +257,10 @@ impl Driver {
     fn message(&mut self, received: Result<(ControlHeader, Message), ControlError>) {
         let wrong = match received {
             Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
-                Ok(()) => return self.feed(DestinationEvent::Message(message)),
+                Ok(()) => match self.opens(&message) {
+                    Ok(()) => return self.feed(DestinationEvent::Message(message)),
+                    Err(words) => (Code::Violation, words),
+                },
                 Err(error) => (error.code(), error.to_string()),
             },
             Err(ControlError::Wire(error)) => (error.code(), error.to_string()),
@@ -259,6 +273,15 @@ impl Driver {
         self.send(&Message::Abort { code, words: words.clone() });
         self.control = None;
         self.feed(DestinationEvent::LinkLost(words));
+    }
+
+    /// Opens memory to a source that asks for it.
+    fn opens(&mut self, message: &Message) -> Result<(), String> {
+        match (message, &mut self.lanes) {
+            (Message::KeysAsk(ask), Some(lanes)) => lanes.open(&ask.chunks),
+            (Message::KeysAsk(_), None) => Err("the source asks for keys of memory that is not there".to_owned()),
+            _ => Ok(()),
+        }
     }
 
     fn tick(&mut self) {
@@ -290,13 +313,13 @@ impl Driver {
         match action {
             DestinationAction::Check(vm) => self.check(vm),
             DestinationAction::Send(message) => self.send(&message),
-            DestinationAction::Prepare => self.prepare(),
+            DestinationAction::Prepare { page_check } => self.prepare(page_check),
             DestinationAction::AcceptLanes { lanes, plaintext, token } => {
                 self.wanted = usize::from(lanes);
                 if let Some(receiving) = &self.lanes {
                     receiving.expect(self.wanted);
                 }
-                self.place.open_gate(token, lanes, plaintext);
+                self.place.open_gate(&self.link, token, lanes, plaintext);
             }
             DestinationAction::Load(records) => {
                 // No lane may write once the guest's state is in place: it may run at any moment.
@@ -308,12 +331,20 @@ impl Driver {
                         if let Some(lanes) = &mut lanes {
                             lanes.end();
                         }
+                        let taken = lanes.as_mut().map_or(Ok(()), ReceiveLanes::take_back);
+                        if let Err(error) = taken {
+                            return Ok(Err(error));
+                        }
                         // Given back and not dropped here: unmapping guest memory takes time that belongs to the downtime.
-                        host.load(records).map(|()| lanes)
+                        host.load(records).map(|()| Ok(lanes))
                     },
                     move |called| {
                         let _ = inner.send(match called {
-                            Ok(lanes) => Inner::Loaded(lanes),
+                            Ok(Ok(lanes)) => Inner::Loaded(lanes),
+                            Ok(Err(error)) => Inner::Event(DestinationEvent::PeerFault {
+                                code: if let ExposedError::PageCheck { .. } = error { Code::PageCheck } else { Code::Internal },
+                                words: error.to_string(),
+                            }),
                             Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
                         });
                     },
@@ -371,9 +402,10 @@ impl Driver {
         );
     }
 
-    fn prepare(&mut self) {
+    fn prepare(&mut self, page_check: bool) {
         let (Some(vm), populate, tag) = (self.vm.clone(), self.populate, self.tag) else { return };
         let (counters, events, inner) = (self.counters.clone(), self.lane_events.clone(), self.inner.clone());
+        let (fabric, token, Tag { migration, generation }) = (self.fabric.clone(), self.engine.token(), tag);
         self.host.call(
             HostTask::Prepare,
             move |host| {
@@ -382,7 +414,17 @@ impl Driver {
                 if *pages.memory_map() != vm.memory {
                     return Err(HostError::new("the VMM made memory of another shape than the guest's"));
                 }
-                let lanes = ReceiveLanes::new(pages, tag, populate, counters, events)
+                let exposed = match fabric {
+                    None => None,
+                    Some(fabric) => Some(Arc::from(fabric.expose(Exposure {
+                        migration,
+                        generation,
+                        token,
+                        pages: pages.clone(),
+                        page_check,
+                    })?)),
+                };
+                let lanes = ReceiveLanes::new(pages, tag, populate, exposed, counters, events)
                     .map_err(|error| HostError::new(format!("guest memory could not be populated: {error}")))?;
                 Ok((lanes, u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX)))
             },

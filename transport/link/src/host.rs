@@ -11,6 +11,7 @@ use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::offer::LinkOffer;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::{oneshot, watch};
@@ -172,6 +173,11 @@ pub trait Hosting: Send + Sync + 'static {
     /// # Errors
     /// A refusal that is sent as it is.
     fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal>;
+
+    /// Which links this host offers to `peer`, and why not the others. Must not block.
+    fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
+        Vec::new()
+    }
 
     /// A source in doubt asks about a migration that no driver here carries any more. `released`: it is as good as Commit;
     /// otherwise the source asks for the guest back. What is answered must be durable. May block.

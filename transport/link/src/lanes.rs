@@ -3,6 +3,7 @@
 
 use crate::pages::Pages;
 use limosa_proto::memory::PageRange;
+use limosa_proto::wire::offer::MemoryKey;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -22,7 +23,8 @@ pub trait LaneSender: Send {
     /// What the stream says.
     fn pages(&mut self, head: &[u8], pages: &dyn Pages, runs: &[PageRange]) -> io::Result<()>;
 
-    /// Sends what is held back.
+    /// Sends what is held back; the barrier of a round has just been sent. A lane that writes memory directly returns when
+    /// every lane of the destination has reached the barrier ([`LaneReceiver::passed`]): until then the next round must not begin.
     ///
     /// # Errors
     /// What the stream says.
@@ -58,7 +60,15 @@ pub trait LaneReceiver: Send {
     /// What the stream says.
     fn pages(&mut self, pages: &dyn Pages, runs: &[PageRange]) -> io::Result<()>;
 
-    /// Sends the only bytes that ever go this way: whether the lane was let in.
+    /// Every lane has reached the barrier of `round`, and everything of that round is in place.
+    ///
+    /// # Errors
+    /// What the stream says.
+    fn passed(&mut self, _round: u32) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Tells the source whether the lane was let in, once, before anything else goes this way.
     ///
     /// # Errors
     /// What the stream says.
@@ -188,6 +198,8 @@ impl Cap {
 pub(crate) enum LaneEvent {
     /// Every lane has sent, or received, all of a round.
     Round(RoundCounts),
+    /// A chunk of memory was opened to the source, or could not be.
+    Opened(Result<MemoryKey, String>),
     /// A lane ended before its time.
     Failed {
         /// Which lane.

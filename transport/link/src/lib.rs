@@ -11,6 +11,7 @@ pub mod accept;
 pub mod connect;
 pub mod control;
 mod destination;
+pub mod direct;
 pub mod driver;
 pub mod host;
 mod hosted;
@@ -18,6 +19,10 @@ pub mod key;
 pub mod lanes;
 pub mod pages;
 pub mod pair;
+pub mod probe;
+pub mod quic;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 mod receiving;
 pub mod secure;
 mod sending;
@@ -29,6 +34,7 @@ pub mod tls;
 pub use accept::{Listener, ListenerSettings};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
+pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};
 pub use driver::{Cancel, SourceOptions, ask_verdict, run_source, run_source_over};
 pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, SourceHost};
 pub use key::{HostKey, HostKeyError};
@@ -46,12 +52,14 @@ pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// What a kind of link can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Its name in reports: "tcp", "pair".
+    /// Its name, in reports and in Hello: "tcp", "pair".
     pub name: &'static str,
     /// Whether lanes can be encrypted.
     pub secure_lanes: bool,
     /// Whether lanes can go without encryption.
     pub plaintext_lanes: bool,
+    /// Whether it can check pages by a keyed hash, as lanes without encryption that write memory directly must.
+    pub page_check: bool,
     /// Most lanes.
     pub lanes_max: u16,
 }
@@ -67,8 +75,14 @@ pub trait Link: Send + Sync + 'static {
     /// Opens a control channel; both ends know who the other is when it is there.
     fn control(&self) -> Answer<'_, Result<Control, ConnectError>>;
 
-    /// Opens one lane and waits until the destination has let it in.
-    fn lane(&self, preamble: LanePreamble, plaintext: bool) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>>;
+    /// Opens one lane and waits until the destination has let it in. `memory` is for links that read guest memory and write the
+    /// destination's by themselves.
+    fn lane(
+        &self,
+        preamble: LanePreamble,
+        plaintext: bool,
+        memory: &LaneMemory,
+    ) -> Answer<'_, Result<Box<dyn LaneSender>, ConnectError>>;
 }
 
 /// How lanes send.

@@ -44,6 +44,12 @@ pub trait Pages: Send + Sync + 'static {
     /// once for each region.
     fn data_extents(&self, range: PageRange) -> Vec<PageRange>;
 
+    /// The file behind region `index` and the offset of the region's first byte in it, for devices that map it themselves;
+    /// `None` where there is none. The file must not shrink.
+    fn file(&self, _index: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
+
     /// Gives every page of `range` real memory, contents unchanged.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! The destination's lane threads: they read frames, put pages where they belong, and meet at each round's barrier.
 //! Everything in a header is checked against the map and the round before it sizes or touches anything.
 
+use crate::direct::{Exposed, ExposedError, Opener};
 use crate::lanes::{CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words};
 use crate::pages::{Arrived, Pages, Populate, populate_all};
 use crate::sending::Tag;
@@ -41,6 +42,8 @@ pub(crate) struct ReceiveLanes {
     closers: Vec<LaneCloser>,
     threads: Vec<JoinHandle<()>>,
     populating: Option<JoinHandle<()>>,
+    /// Where the source writes memory directly.
+    opener: Option<Opener>,
 }
 
 impl ReceiveLanes {
@@ -50,14 +53,22 @@ impl ReceiveLanes {
         pages: Arc<dyn Pages>,
         tag: Tag,
         populate: Populate,
+        exposed: Option<Arc<dyn Exposed>>,
         counters: Arc<LaneCounters>,
         events: LaneEvents,
     ) -> io::Result<ReceiveLanes> {
+        let opener = match exposed {
+            None => None,
+            Some(exposed) => Some(Opener::start(exposed, &*pages, counters.clone(), events.clone())?),
+        };
+        // A device that takes memory in gives it real pages too; what it never takes in stays free.
+        let populate = if opener.is_some() { Populate::No } else { populate };
         let (known, written) = (Arrived::new(pages.memory_map()), Arrived::new(pages.memory_map()));
         let barrier = Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, counts: (0, 0, 0) });
         let (passed, stop) = (Condvar::new(), AtomicBool::new(false));
         let shared = Arc::new(Shared { pages, tag, barrier, passed, stop, known, written, counters, events });
-        let mut this = ReceiveLanes { shared: shared.clone(), closers: Vec::new(), threads: Vec::new(), populating: None };
+        let mut this =
+            ReceiveLanes { shared: shared.clone(), closers: Vec::new(), threads: Vec::new(), populating: None, opener };
         match populate {
             Populate::No => {}
             // On the caller's thread, whose time the caller counts.
@@ -95,6 +106,25 @@ impl ReceiveLanes {
         Ok(())
     }
 
+    /// Opens these chunks of memory to the source, who asks for them; keys come as events.
+    ///
+    /// # Errors
+    /// It asks for what it may not.
+    pub(crate) fn open(&mut self, chunks: &[u32]) -> Result<(), String> {
+        match &mut self.opener {
+            None => Err("the source asks for keys of memory on a link that needs none".to_owned()),
+            Some(opener) => opener.open(chunks),
+        }
+    }
+
+    /// After [`ReceiveLanes::end`]: takes the memory back from the device, where one had it.
+    ///
+    /// # Errors
+    /// Pages are not what the source sent, or the device does not let go.
+    pub(crate) fn take_back(&mut self) -> Result<(), ExposedError> {
+        self.opener.as_mut().map_or(Ok(()), Opener::close)
+    }
+
     /// Says how many lanes there will be.
     pub(crate) fn expect(&self, lanes: usize) {
         self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner).lanes = lanes;
@@ -123,6 +153,8 @@ impl ReceiveLanes {
 impl Drop for ReceiveLanes {
     fn drop(&mut self) {
         self.end();
+        // Nobody is left whom its word could help.
+        let _ = self.take_back();
         if let Some(populating) = self.populating.take() {
             let _ = populating.join();
         }
@@ -158,9 +190,11 @@ impl Lane<'_> {
                 LaneFrameKind::Barrier => {
                     self.count_bytes();
                     meter.count();
+                    let round = self.round;
                     if !self.meet() {
                         return Ok(());
                     }
+                    self.lane.passed(round)?;
                 }
                 LaneFrameKind::End => {
                     self.count_bytes();

@@ -1,9 +1,10 @@
 //! The migrations that come in: which are open, who may join one with a lane, who asks about one. Every kind of link hands
 //! what arrives to this table, after it knows who the peer is. It reads no socket.
 
+use crate::direct::Fabric;
 use crate::host::{Hosting, Peer};
 use crate::lanes::LaneReceiver;
-use crate::{Control, destination};
+use crate::{Control, destination, probe};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{ControlHeader, LanePreamble, LaneToken};
@@ -51,6 +52,7 @@ pub(crate) enum Arrival {
 
 /// Which lanes a migration waits for.
 struct Gate {
+    link: String,
     token: LaneToken,
     lanes: u16,
     plaintext: bool,
@@ -65,6 +67,7 @@ struct Entry {
 
 struct Inner {
     hosting: Arc<dyn Hosting>,
+    fabric: Option<Arc<dyn Fabric>>,
     incoming_max: usize,
     open: Mutex<HashMap<(MigrationId, Generation), Entry>>,
     count: watch::Sender<usize>,
@@ -95,10 +98,15 @@ impl Drop for Place {
 }
 
 impl Place {
-    /// Lets `lanes` lanes in that show `token`.
-    pub(crate) fn open_gate(&self, token: LaneToken, lanes: u16, plaintext: bool) {
+    /// The device that takes guest memory in, where this host has one.
+    pub(crate) fn fabric(&self) -> Option<Arc<dyn Fabric>> {
+        self.sessions.0.fabric.clone()
+    }
+
+    /// Lets `lanes` lanes in that come over `link` and show `token`.
+    pub(crate) fn open_gate(&self, link: &str, token: LaneToken, lanes: u16, plaintext: bool) {
         if let Some(entry) = self.sessions.table().get_mut(&(self.migration, self.generation)) {
-            entry.gate = Some(Gate { token, lanes, plaintext, joined: 0 });
+            entry.gate = Some(Gate { link: link.to_owned(), token, lanes, plaintext, joined: 0 });
         }
     }
 }
@@ -107,7 +115,13 @@ impl Sessions {
     /// An empty table: `hosting` decides about what comes, at most `incoming_max` at once.
     #[must_use]
     pub fn new(hosting: Arc<dyn Hosting>, incoming_max: usize) -> Sessions {
-        Sessions(Arc::new(Inner { hosting, incoming_max, open: Mutex::default(), count: watch::Sender::new(0) }))
+        Sessions::with_fabric(hosting, incoming_max, None)
+    }
+
+    /// As [`Sessions::new`], for a host whose `fabric` lets sources write guest memory directly.
+    #[must_use]
+    pub fn with_fabric(hosting: Arc<dyn Hosting>, incoming_max: usize, fabric: Option<Arc<dyn Fabric>>) -> Sessions {
+        Sessions(Arc::new(Inner { hosting, fabric, incoming_max, open: Mutex::default(), count: watch::Sender::new(0) }))
     }
 
     /// How many migrations are open.
@@ -127,15 +141,21 @@ impl Sessions {
         self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a lane whose preamble was read; `peer` is who showed it, where the lane is sealed. Answers it.
+    /// Takes a lane of `link` whose preamble was read; `peer` is who showed it, where the lane is sealed. Answers it.
     ///
     /// # Errors
     /// The answer could not be sent. A lane that is not let in is no error.
-    pub fn lane(&self, preamble: &LanePreamble, peer: Option<HostId>, mut lane: Box<dyn LaneReceiver>) -> io::Result<()> {
+    pub fn lane(
+        &self,
+        link: &str,
+        preamble: &LanePreamble,
+        peer: Option<HostId>,
+        mut lane: Box<dyn LaneReceiver>,
+    ) -> io::Result<()> {
         let mut table = self.table();
         let decision = match table.get_mut(&(preamble.migration, preamble.generation)) {
             None => Err(Code::Violation),
-            Some(entry) => admit(entry, preamble, peer),
+            Some(entry) => admit(entry, link, preamble, peer),
         };
         match decision {
             Ok(into) => {
@@ -195,8 +215,12 @@ impl Sessions {
                     Err(error) => tracing::error!(%error, "a verdict could not be found"),
                 }
             }
+            Message::LinksAsk => {
+                let offers = self.0.hosting.offers(&peer);
+                probe::answer(control, migration, generation, offers).await;
+            }
             other => {
-                let words = format!("a control channel begins with Hello or VerdictAsk, not with {}", other.name());
+                let words = format!("a control channel begins with Hello, VerdictAsk or LinksAsk, not with {}", other.name());
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }
@@ -223,11 +247,17 @@ impl Sessions {
     }
 }
 
-fn admit(entry: &mut Entry, preamble: &LanePreamble, peer: Option<HostId>) -> Result<mpsc::UnboundedSender<Arrival>, Code> {
+fn admit(
+    entry: &mut Entry,
+    link: &str,
+    preamble: &LanePreamble,
+    peer: Option<HostId>,
+) -> Result<mpsc::UnboundedSender<Arrival>, Code> {
     let gate = entry.gate.as_mut().ok_or(Code::Violation)?;
     match peer {
         Some(peer) if peer != entry.peer => return Err(Code::UnknownHost),
         None if !gate.plaintext => return Err(Code::PlaintextRefused),
+        _ if link != gate.link => return Err(Code::Violation),
         _ => {}
     }
     let bit = 1_u32.checked_shl(preamble.lane.into()).unwrap_or(0);

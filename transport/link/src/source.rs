@@ -2,6 +2,7 @@
 //! itself, but for one thing: a lane that breaks waits a moment, since the peer's reason may be on the control channel.
 
 use crate::control::ControlError;
+use crate::direct::{LaneMemory, RemoteKeys};
 use crate::driver::{Cancel, ask_verdict, counted, now, until};
 use crate::host::SourceHost;
 use crate::hosted::{Called, Hosted};
@@ -18,6 +19,7 @@ use limosa_proto::state::SourceState;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{ControlHeader, LanePreamble, LaneToken};
 use limosa_proto::wire::message::{Message, Refusal};
+use limosa_proto::wire::offer::KeysAsk;
 use limosa_proto::wire::version::VERSION_FIRST;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,6 +58,9 @@ struct Driver {
     /// Lanes that are ending, on threads of their own.
     ending: Vec<JoinHandle<()>>,
     opening: Option<AbortHandle>,
+    keys: Arc<RemoteKeys>,
+    /// Whether pages are checked, where the link can do so.
+    page_check: Option<bool>,
     counters: Arc<LaneCounters>,
     /// The counters when the round began.
     base: RoundCounts,
@@ -70,21 +75,29 @@ struct Driver {
 
 /// A migration that ended before it began.
 fn nothing(config: &SourceConfig, link: &dyn Link, outcome: SourceOutcome) -> (SourceOutcome, Report) {
-    let measured =
-        Measured { link: link.capabilities().name.to_owned(), source_cpu_seconds: 0.0, verified: None, network_gap_ms: None };
+    let measured = Measured {
+        link: link.capabilities().name.to_owned(),
+        page_check: None,
+        source_cpu_seconds: 0.0,
+        verified: None,
+        network_gap_ms: None,
+    };
     let report = Report::new(&Progress::new(config.vm.memory.bytes()), &outcome, measured);
     (outcome, report)
 }
 
 pub(crate) async fn run(
     link: Arc<dyn Link>,
-    config: SourceConfig,
+    mut config: SourceConfig,
     settings: LaneSettings,
     in_doubt: bool,
     host: Box<dyn SourceHost>,
     cancel: Cancel,
     progress: watch::Sender<Progress>,
 ) -> (SourceOutcome, Report) {
+    let capabilities = link.capabilities();
+    capabilities.name.clone_into(&mut config.link);
+    config.page_check &= capabilities.page_check;
     let tag = Tag { migration: config.migration, generation: config.generation };
     let control = if in_doubt {
         None
@@ -115,6 +128,7 @@ pub(crate) async fn run(
         Ok(host) => host,
         Err(error) => return nothing(&config, &*link, internal(format!("no thread for the host: {error}"))),
     };
+    let (keys, asks) = RemoteKeys::new(&*pages);
     let (inner, inners) = mpsc::unbounded_channel();
     let (lane_events, lanes) = mpsc::unbounded_channel();
     let driver = Driver {
@@ -131,6 +145,8 @@ pub(crate) async fn run(
         lanes: None,
         ending: Vec::new(),
         opening: None,
+        keys: Arc::new(keys),
+        page_check: None,
         counters: Arc::default(),
         base: RoundCounts { round: 0, pages: 0, zero_pages: 0, bytes_on_wire: 0 },
         moving: false,
@@ -139,7 +155,7 @@ pub(crate) async fn run(
         lane_events,
         held: None,
     };
-    driver.drive(inners, lanes, cancel, progress).await
+    driver.drive(inners, lanes, asks, cancel, progress).await
 }
 
 impl Driver {
@@ -147,6 +163,7 @@ impl Driver {
         mut self,
         mut inners: mpsc::UnboundedReceiver<Inner>,
         mut lanes: mpsc::UnboundedReceiver<LaneEvent>,
+        mut asks: mpsc::UnboundedReceiver<Vec<u32>>,
         cancel: Cancel,
         progress: watch::Sender<Progress>,
     ) -> (SourceOutcome, Report) {
@@ -164,6 +181,7 @@ impl Driver {
                 biased;
                 Some(inner) = inners.recv() => counted(&cpu_ns, || self.inner(inner)),
                 Some(event) = lanes.recv() => self.lane(event),
+                Some(chunks) = asks.recv() => self.send(&Message::KeysAsk(KeysAsk { chunks })),
                 received = receive(&mut self.control), if self.said => counted(&cpu_ns, || self.message(received)),
                 words = cancel.cancelled(), if !cancelled => {
                     cancelled = true;
@@ -216,6 +234,8 @@ impl Driver {
                 self.held = Some((Moment::now() + LANE_GRACE, words));
             }
             LaneEvent::Failed { lane, words } => tracing::debug!(lane, words, "a lane ended"),
+            // Only destinations open memory.
+            LaneEvent::Opened(_) => {}
         }
     }
 
@@ -224,8 +244,14 @@ impl Driver {
             Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
                 Ok(()) => {
                     self.heard = true;
-                    if let Message::Accept(accept) = &message {
-                        self.version = accept.version;
+                    match &message {
+                        Message::Accept(accept) => self.version = accept.version,
+                        Message::Keys(given) => {
+                            if let Err(words) = self.keys.insert(&given.keys) {
+                                return self.lost(Some((Code::Violation, words)));
+                            }
+                        }
+                        _ => {}
                     }
                     self.feed(SourceEvent::Message(message));
                 }
@@ -289,7 +315,11 @@ impl Driver {
     fn apply(&mut self, action: SourceAction) {
         match action {
             SourceAction::Send(message) => self.send(&message),
-            SourceAction::OpenLanes { lanes, plaintext, token } => self.open_lanes(lanes, plaintext, token),
+            SourceAction::OpenLanes { lanes, plaintext, page_check, token } => {
+                let checks = self.link.capabilities().page_check;
+                self.page_check = checks.then_some(page_check);
+                self.open_lanes(lanes, plaintext, checks && page_check, token);
+            }
             SourceAction::StartTracking => {
                 self.ask(HostTask::Tracking, |host| host.start_tracking(), |()| SourceEvent::TrackingStarted)
             }
@@ -336,14 +366,15 @@ impl Driver {
         });
     }
 
-    fn open_lanes(&mut self, lanes: u16, plaintext: bool, token: LaneToken) {
+    fn open_lanes(&mut self, lanes: u16, plaintext: bool, page_check: bool, token: LaneToken) {
+        let memory = LaneMemory { pages: self.pages.clone(), keys: self.keys.clone(), page_check };
         let (link, inner, tag, version) = (self.link.clone(), self.inner.clone(), self.tag, self.version);
         let task = tokio::spawn(async move {
             let opening: Vec<_> = (0..lanes)
                 .map(|lane| {
-                    let link = link.clone();
+                    let (link, memory) = (link.clone(), memory.clone());
                     let preamble = LanePreamble { version, lane, migration: tag.migration, generation: tag.generation, token };
-                    AbortOnDrop(tokio::spawn(async move { link.lane(preamble, plaintext).await }))
+                    AbortOnDrop(tokio::spawn(async move { link.lane(preamble, plaintext, &memory).await }))
                 })
                 .collect();
             let mut opened = Vec::new();
@@ -402,6 +433,7 @@ impl Driver {
             opening.abort();
         }
         (self.control, self.held, self.moving) = (None, None, false);
+        self.keys.close();
         if let Some(lanes) = self.lanes.take() {
             self.ending.push(tokio::task::spawn_blocking(move || drop(lanes)));
         }
@@ -425,6 +457,7 @@ impl Driver {
         let ours = self.cpu_ns.load(Ordering::Relaxed) + self.counters.cpu_ns.load(Ordering::Relaxed);
         let measured = Measured {
             link: self.link.capabilities().name.to_owned(),
+            page_check: self.page_check,
             source_cpu_seconds: host + ours as f64 / 1e9,
             verified: None,
             network_gap_ms: None,

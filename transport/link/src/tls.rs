@@ -100,7 +100,7 @@ pub(crate) const ALERT_ACCESS_DENIED: u8 = 49;
 
 /// Accepts the trusted keys and no other, and remembers whom it sent away so that the error can name him.
 #[derive(Debug)]
-struct Verifier {
+pub(crate) struct Verifier {
     trusted: TrustedHosts,
     expected: Option<HostId>,
     schemes: WebPkiSupportedAlgorithms,
@@ -120,7 +120,8 @@ impl Verifier {
         Ok(())
     }
 
-    fn seen(&self) -> Option<HostId> {
+    /// The key that was shown last.
+    pub(crate) fn seen(&self) -> Option<HostId> {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -224,11 +225,11 @@ fn verifier(provider: &CryptoProvider, trusted: &TrustedHosts, expected: Option<
     Arc::new(Verifier { trusted: trusted.clone(), expected, schemes, seen: Mutex::new(None) })
 }
 
-fn connection_to_destination(
+fn source_config(
     key: &HostKey,
     verifier: Arc<Verifier>,
     provider: Arc<CryptoProvider>,
-) -> Result<UnbufferedClientConnection, TlsError> {
+) -> Result<rustls::ClientConfig, TlsError> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -237,6 +238,51 @@ fn connection_to_destination(
     config.resumption = rustls::client::Resumption::disabled();
     config.enable_sni = false;
     config.enable_early_data = false;
+    Ok(config)
+}
+
+fn destination_config(
+    key: &HostKey,
+    verifier: Arc<Verifier>,
+    provider: Arc<CryptoProvider>,
+) -> Result<rustls::ServerConfig, TlsError> {
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(key.certified()?)));
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// The source's side of one handshake that another protocol (QUIC) carries, and who will have seen the destination's key.
+pub(crate) fn config_for_destination(
+    key: &HostKey,
+    trusted: &TrustedHosts,
+    expected: HostId,
+) -> Result<(rustls::ClientConfig, Arc<Verifier>), TlsError> {
+    let provider = provider();
+    let verifier = verifier(&provider, trusted, Some(expected));
+    Ok((source_config(key, verifier.clone(), provider)?, verifier))
+}
+
+/// The destination's side of one handshake that another protocol (QUIC) carries, and who will have seen the source's key.
+pub(crate) fn config_for_source(
+    key: &HostKey,
+    trusted: &TrustedHosts,
+) -> Result<(rustls::ServerConfig, Arc<Verifier>), TlsError> {
+    let provider = provider();
+    let verifier = verifier(&provider, trusted, None);
+    Ok((destination_config(key, verifier.clone(), provider)?, verifier))
+}
+
+fn connection_to_destination(
+    key: &HostKey,
+    verifier: Arc<Verifier>,
+    provider: Arc<CryptoProvider>,
+) -> Result<UnbufferedClientConnection, TlsError> {
+    let mut config = source_config(key, verifier, provider)?;
     config.enable_secret_extraction = true;
     let name = ServerName::try_from("limosa").map_err(|_| rustls::Error::General("server name".into()))?;
     Ok(UnbufferedClientConnection::new(Arc::new(config), name)?)
@@ -247,13 +293,7 @@ fn connection_to_source(
     verifier: Arc<Verifier>,
     provider: Arc<CryptoProvider>,
 ) -> Result<UnbufferedServerConnection, TlsError> {
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(key.certified()?)));
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    config.max_early_data_size = 0;
+    let mut config = destination_config(key, verifier, provider)?;
     config.enable_secret_extraction = true;
     Ok(UnbufferedServerConnection::new(Arc::new(config))?)
 }

@@ -157,36 +157,6 @@ fn preamble(lane: u16) -> LanePreamble {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lanes_of_strangers_join_nothing() {
-    let toy = Toy::start(ToySettings::default()).await;
-    let mut sender = sender();
-    sender.plaintext = true;
-    sender.settings.bandwidth_bytes_per_s = 3_000_000;
-    sender.tune = Box::new(|config| config.policy.downtime_max = Duration::from_secs(20));
-    sender.befriend(&toy);
-    let stranger = async {
-        while toy.sessions.open() == 0 {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        for (lane, generation) in [(0, 1), (1, 1), (9, 1), (0, 2)] {
-            let address = toy.address;
-            let answer = tokio::task::spawn_blocking(move || {
-                let mut socket = TcpStream::connect(address).unwrap();
-                let preamble = LanePreamble { generation: Generation(generation), ..preamble(lane) };
-                socket.write_all(&preamble.emit()).unwrap();
-                let mut answer = [0; 8];
-                socket.read_exact(&mut answer).unwrap();
-                answer
-            });
-            assert_eq!(limosa_link::sessions::parse_lane_answer(&answer.await.unwrap()), Some(Code::Violation));
-        }
-    };
-    let ((outcome, _), ()) = tokio::join!(sender.migrate(&toy), stranger);
-    assert_moved(&sender, &toy, &outcome);
-}
-
 fn garbage(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed | 1;
     std::iter::repeat_with(|| {

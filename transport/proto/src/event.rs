@@ -138,6 +138,10 @@ pub struct SourceConfig {
     pub lanes: u16,
     /// Whether to ask for lanes without TLS.
     pub plaintext_lanes: bool,
+    /// The name of the link that the lanes go over, told to the destination.
+    pub link: String,
+    /// Whether to ask for a keyed hash of pages on links without encryption.
+    pub page_check: bool,
     /// When to stop the guest, and when to give up.
     pub policy: PrecopyPolicy,
     /// How often to send when there is nothing to say.
@@ -163,6 +167,8 @@ impl SourceConfig {
             vm,
             lanes: 2,
             plaintext_lanes: false,
+            link: "tcp".to_owned(),
+            page_check: true,
             policy: PrecopyPolicy::default(),
             keepalive: KEEPALIVE,
             peer_silence_max: PEER_SILENCE_MAX,
@@ -195,6 +201,8 @@ pub struct DestinationConfig {
     pub lanes_max: u16,
     /// Whether lanes without TLS may be granted.
     pub plaintext_allowed: bool,
+    /// Whether to demand a keyed hash of pages on links without encryption, even where the source does not ask for it.
+    pub page_check: bool,
     /// How often to send when there is nothing to say.
     pub keepalive: Duration,
     /// A peer that is silent for longer is lost.
@@ -217,6 +225,7 @@ impl DestinationConfig {
             memory_bytes_max: crate::memory::MEMORY_BYTES_MAX,
             lanes_max: LANES_MAX,
             plaintext_allowed: false,
+            page_check: true,
             keepalive: KEEPALIVE,
             peer_silence_max: PEER_SILENCE_MAX,
             deadlines: Deadlines::default(),
@@ -297,6 +306,8 @@ pub enum SourceAction {
         lanes: u16,
         /// Without TLS.
         plaintext: bool,
+        /// With a keyed hash of pages, where the link can do so.
+        page_check: bool,
         /// What each must show.
         token: LaneToken,
     },
@@ -435,7 +446,10 @@ pub enum DestinationAction {
     /// Send this on the control channel.
     Send(Message),
     /// Make the VMM for the checked guest; answer `Prepared`.
-    Prepare,
+    Prepare {
+        /// With a keyed hash of pages, where the link can do so.
+        page_check: bool,
+    },
     /// Accept this many lanes; answer `LanesJoined`.
     AcceptLanes {
         /// How many.

@@ -56,7 +56,7 @@
 //!         match action {
 //!             D::Send(message) => source.handle(now, SE::Message(message)),
 //!             D::Check(_) => destination.handle(now, DE::Admitted),
-//!             D::Prepare => destination.handle(now, DE::Prepared { populated_ms: 0 }),
+//!             D::Prepare { .. } => destination.handle(now, DE::Prepared { populated_ms: 0 }),
 //!             D::Load(_) => destination.handle(now, DE::Loaded),
 //!             D::Journal(record) => destination.handle(now, DE::Journaled(record.kind)),
 //!             D::Resume => destination.handle(now, DE::Resumed),

@@ -49,12 +49,27 @@ pub struct DowntimePartsMs {
 pub struct Measured {
     /// Kind of link: "tcp".
     pub link: String,
+    /// Whether pages were checked by a keyed hash; `None` where the link needs no such check.
+    pub page_check: Option<bool>,
     /// CPU seconds of the source: agent and VMM.
     pub source_cpu_seconds: f64,
     /// Whether the guest's own check passed, where somebody asked it.
     pub verified: Option<bool>,
     /// The longest time without an answer from the guest, where somebody measured it.
     pub network_gap_ms: Option<f64>,
+}
+
+/// A link that was looked at before a migration, or tried for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinkTried {
+    /// Its name.
+    pub link: String,
+    /// What came of it, in words: why it was taken, or why not.
+    pub words: String,
+    /// Its round trip in microseconds, where it was measured.
+    pub round_trip_us: Option<f64>,
+    /// What a short probe reached in bytes per second, where it was made.
+    pub probe_bytes_per_s: Option<f64>,
 }
 
 /// The report of one migration. Times are in milliseconds, sizes in bytes.
@@ -76,6 +91,12 @@ pub struct Report {
     pub guest_runs: bool,
     /// Kind of link.
     pub link: String,
+    /// Why this link; empty where nobody chose.
+    pub link_reason: String,
+    /// The links that were looked at or tried, in order.
+    pub links_tried: Vec<LinkTried>,
+    /// Whether pages were checked by a keyed hash; null where the link needs no such check.
+    pub page_check: Option<bool>,
     /// Whether pages went through TLS.
     pub encrypted: bool,
     /// How many lanes.
@@ -136,6 +157,9 @@ impl Report {
             by,
             guest_runs,
             link: measured.link,
+            link_reason: String::new(),
+            links_tried: Vec::new(),
+            page_check: measured.page_check,
             encrypted: !progress.plaintext_lanes,
             lanes: progress.lanes,
             memory_bytes: progress.memory_bytes,

@@ -15,6 +15,7 @@ use limosa_proto::wire::message::{
     Accept, DestinationReport, Hello, Message, NicDescription, ReadyTimes, Reason, Refusal, RunningTimes, VerdictAnswer,
     VmDescription,
 };
+use limosa_proto::wire::offer::{Keys, KeysAsk, LinkAddress, LinkOffer, MemoryKey};
 use proptest::prelude::*;
 
 const MIGRATION: MigrationId = MigrationId([0xA1; 16]);
@@ -52,6 +53,8 @@ fn hello() -> Hello {
         },
         lanes: 4,
         plaintext_lanes: true,
+        link: "rdma".to_owned(),
+        page_check: true,
         downtime_target_ms: 50,
         downtime_ms_max: 2000,
         keepalive_ms: 2000,
@@ -66,6 +69,7 @@ fn every_message() -> Vec<Message> {
             version: 1,
             lanes: 4,
             plaintext_lanes: true,
+            page_check: true,
             token: LaneToken([9; 32]),
             keepalive_ms: 2000,
             destination_build: "limosa 0.1".to_owned(),
@@ -93,6 +97,18 @@ fn every_message() -> Vec<Message> {
         Message::KeepaliveAck { nonce: 300 },
         Message::VerdictAsk { released: true },
         Message::Verdict(VerdictAnswer::Discarded),
+        Message::KeysAsk(KeysAsk { chunks: vec![0, 300] }),
+        Message::Keys(Keys { keys: vec![MemoryKey { chunk: 300, address: 1 << 40, rkey: 0xABCD }] }),
+        Message::LinksAsk,
+        Message::Links(vec![LinkOffer {
+            link: "rdma".to_owned(),
+            available: true,
+            words: "rxe0".to_owned(),
+            port: Some(13560),
+            addresses: vec![LinkAddress { address: "10.77.0.2".parse().unwrap(), mtu: Some(1024) }],
+        }]),
+        Message::Probe(vec![0; 3]),
+        Message::ProbeAck { bytes: 3 },
     ]
 }
 
@@ -208,7 +224,7 @@ fn bytes_left_over_and_unknown_kinds_are_errors() {
         body.push(0);
         assert!(Message::parse(message.kind(), &body).is_err(), "{}", message.name());
     }
-    for kind in [0, 17, 65_535] {
+    for kind in [0, 23, 65_535] {
         assert!(matches!(Message::parse(kind, &[]), Err(Malformed::Value { .. })), "{kind}");
     }
     assert!(matches!(Message::parse(9, &vec![0; MESSAGE_BYTES_MAX + 1]), Err(Malformed::TooLarge { .. })));

@@ -43,6 +43,10 @@ impl Pages for GuestPages {
         self.0.data_extents(range)
     }
 
+    fn file(&self, index: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        self.0.file(index)
+    }
+
     fn populate(&self, range: PageRange) -> io::Result<()> {
         self.0.populate(range)
     }

@@ -92,6 +92,12 @@ impl GuestMemory {
         &self.map
     }
 
+    /// The memfd behind region `index`, and the byte offset of the region in it. It is sealed against shrinking.
+    #[must_use]
+    pub fn file(&self, index: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        self.regions.get(index).map(|region| (region.fd.as_fd(), region.offset))
+    }
+
     /// Sends the rest of `head` and then of the pages of `runs` by one `sendmsg`.
     ///
     /// `done` is how many bytes of head and pages together were sent before. Returns how many more were; 0 only if

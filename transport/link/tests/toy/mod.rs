@@ -1,182 +1,34 @@
-//! Toy hosts: guest memory of atomic words, a thread that writes it, journals in memory, faults on demand.
-//! No VMM and no file; what the driver and the lanes do with them is real.
+//! Toy hosts: guest memory, a thread that writes it, journals in memory, faults on demand.
+//! No VMM and nothing on disk; what the driver and the lanes do with them is real.
 #![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod memory;
+
+pub use memory::{Hold, ToyMemory};
 
 use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;
 use limosa_link::sessions::Sessions;
 use limosa_link::{
-    Cancel, DestinationHost, HostError, HostKey, Hosting, Incoming, LaneSettings, Link, Listener, ListenerSettings, Pages, Peer,
-    Populate, SourceHost, TcpLink, TrustedHosts, run_source_over,
+    Cancel, DestinationHost, Fabric, HostError, HostKey, Hosting, Incoming, LaneSettings, Link, Listener, ListenerSettings,
+    Pages, Peer, Populate, SourceHost, TcpLink, TrustedHosts, run_source_over,
 };
 use limosa_proto::allow::AllowList;
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::{self, JournalRecord, JournalRecordKind};
 use limosa_proto::event::{DestinationConfig, DestinationOutcome, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId, VmId};
-use limosa_proto::memory::{Gpa, MemoryMap, PAGE_BYTES, PageRange, Region};
+use limosa_proto::memory::{MemoryMap, PAGE_BYTES};
 use limosa_proto::progress::Progress;
 use limosa_proto::record::Record;
 use limosa_proto::report::Report;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
-use nix::sys::socket::{MsgFlags, recv, send};
-use std::collections::BTreeSet;
-use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
-
-pub const WORDS_PER_PAGE: usize = PAGE_BYTES as usize / 8;
-
-/// Guest memory that may be read and written from anywhere at any time.
-pub struct ToyMemory {
-    pub map: MemoryMap,
-    pub words: Vec<AtomicU64>,
-    dirty: Vec<AtomicU64>,
-    tracking: AtomicBool,
-    /// Pages that were ever touched: the others are holes.
-    touched: Vec<AtomicBool>,
-    pub populated: AtomicU64,
-}
-
-impl ToyMemory {
-    /// Two regions of `pages / 2` pages each; numbers go on from one to the next where that is a multiple of 64.
-    pub fn new(pages: u64) -> Arc<ToyMemory> {
-        let half = pages / 2;
-        let region = |gpa, pages: u64| Region { gpa: Gpa(gpa), bytes: pages * PAGE_BYTES, page_bytes: 4096 };
-        ToyMemory::of(MemoryMap::new(vec![region(0, half), region(1 << 32, pages - half)]).unwrap())
-    }
-
-    pub fn of(map: MemoryMap) -> Arc<ToyMemory> {
-        let numbers = map.numbers() as usize;
-        let atomics = |count: usize| std::iter::repeat_with(AtomicU64::default).take(count).collect::<Vec<_>>();
-        Arc::new(ToyMemory {
-            words: atomics(numbers * WORDS_PER_PAGE),
-            dirty: atomics(numbers / 64),
-            tracking: AtomicBool::new(false),
-            touched: std::iter::repeat_with(AtomicBool::default).take(numbers).collect(),
-            populated: AtomicU64::new(0),
-            map,
-        })
-    }
-
-    /// Writes as the guest does.
-    pub fn poke(&self, page: u64, word: usize, value: u64) {
-        self.words[page as usize * WORDS_PER_PAGE + word].store(value, Ordering::SeqCst);
-        self.touched[page as usize].store(true, Ordering::SeqCst);
-        self.dirty[page as usize / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
-    }
-
-    pub fn peek(&self, page: u64, word: usize) -> u64 {
-        self.words[page as usize * WORDS_PER_PAGE + word].load(Ordering::SeqCst)
-    }
-
-    /// Fills pages that `which` names.
-    pub fn fill(&self, which: impl Fn(u64) -> bool) {
-        for page in PageSet::full(&self.map).runs().flat_map(|run| run.first..run.end()) {
-            if which(page) {
-                for word in 0..WORDS_PER_PAGE {
-                    self.poke(page, word, page.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ word as u64 | 1);
-                }
-            }
-        }
-    }
-
-    pub fn snapshot(&self) -> Vec<u64> {
-        self.words.iter().map(|word| word.load(Ordering::SeqCst)).collect()
-    }
-
-    fn bytes(&self, runs: &[PageRange], done: u64, max: usize) -> Vec<u8> {
-        let mut out = Vec::new();
-        let mut skip = done;
-        for run in runs {
-            assert!(self.map.locate(*run).is_some(), "a run outside of one region: {run:?}");
-            if skip >= run.bytes() {
-                skip -= run.bytes();
-                continue;
-            }
-            let here = ((run.bytes() - skip) as usize).min(max - out.len());
-            let from = out.len();
-            out.resize(from + here, 0);
-            self.read(*run, skip, &mut out[from..]);
-            skip = 0;
-            if out.len() == max {
-                break;
-            }
-        }
-        out
-    }
-}
-
-impl Pages for ToyMemory {
-    fn memory_map(&self) -> &MemoryMap {
-        &self.map
-    }
-    fn gather(&self, socket: BorrowedFd<'_>, head: &[u8], runs: &[PageRange], done: u64, _more: bool) -> io::Result<usize> {
-        let mut out = head.get(done as usize..).unwrap_or_default().to_vec();
-        let max = 100_000_usize.saturating_sub(out.len());
-        out.extend(self.bytes(runs, done.saturating_sub(head.len() as u64), max));
-        Ok(send(socket.as_raw_fd(), &out, MsgFlags::MSG_NOSIGNAL)?)
-    }
-    fn scatter(&self, socket: BorrowedFd<'_>, runs: &[PageRange], done: u64, tail: &mut [u8]) -> io::Result<usize> {
-        let left = runs.iter().map(|run| run.bytes()).sum::<u64>() - done;
-        let mut buffer = vec![0; (left as usize + tail.len()).min(100_000)];
-        let got = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut data = &buffer[..got];
-        let mut skip = done;
-        for run in runs {
-            if skip >= run.bytes() {
-                skip -= run.bytes();
-                continue;
-            }
-            let here = ((run.bytes() - skip) as usize).min(data.len());
-            self.write(*run, skip, &data[..here]);
-            data = &data[here..];
-            skip = 0;
-        }
-        tail[..data.len()].copy_from_slice(data);
-        Ok(got)
-    }
-    fn read(&self, range: PageRange, offset: u64, out: &mut [u8]) {
-        let first = range.first * PAGE_BYTES + offset;
-        for (at, byte) in (first..).zip(out.iter_mut()) {
-            *byte = self.words[at as usize / 8].load(Ordering::SeqCst).to_le_bytes()[at as usize % 8];
-        }
-    }
-    fn write(&self, range: PageRange, offset: u64, data: &[u8]) {
-        let first = range.first * PAGE_BYTES + offset;
-        for (at, byte) in (first..).zip(data) {
-            let shift = (at % 8) * 8;
-            self.words[at as usize / 8]
-                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| Some(old & !(0xff << shift) | u64::from(*byte) << shift))
-                .unwrap();
-        }
-    }
-    fn scan(&self, range: PageRange, found: &mut dyn FnMut(PageRange, bool)) {
-        for page in range.first..range.end() {
-            let from = page as usize * WORDS_PER_PAGE;
-            let zero = self.words[from..from + WORDS_PER_PAGE].iter().all(|word| word.load(Ordering::SeqCst) == 0);
-            found(PageRange { first: page, count: 1 }, zero);
-        }
-    }
-    fn zero(&self, range: PageRange) {
-        for word in &self.words[range.first as usize * WORDS_PER_PAGE..range.end() as usize * WORDS_PER_PAGE] {
-            word.store(0, Ordering::SeqCst);
-        }
-    }
-    fn data_extents(&self, range: PageRange) -> Vec<PageRange> {
-        let touched = |page: &u64| self.touched[*page as usize].load(Ordering::SeqCst);
-        (range.first..range.end()).filter(touched).map(|first| PageRange { first, count: 1 }).collect()
-    }
-    fn populate(&self, range: PageRange) -> io::Result<()> {
-        self.populated.fetch_add(range.count, Ordering::SeqCst);
-        Ok(())
-    }
-}
 
 /// A call of a host, to be made slow or to fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -245,8 +97,9 @@ impl Guest {
             let (memory, running, gate, stop, writes) =
                 (memory.clone(), running.clone(), gate.clone(), stop.clone(), writes.clone());
             std::thread::spawn(move || {
-                let pages: Vec<u64> = PageSet::full(&memory.map).runs().flat_map(|run| run.first..run.end()).collect();
+                let pages = memory.pages();
                 while !stop.load(Ordering::SeqCst) {
+                    std::thread::park_timeout(pause_between);
                     {
                         let _held = gate.lock().unwrap();
                         if running.load(Ordering::SeqCst) {
@@ -254,13 +107,12 @@ impl Guest {
                             let page = pages[(count.wrapping_mul(7919) % pages.len() as u64) as usize];
                             // Every so often a page becomes zero again.
                             if count % 11 == 0 {
-                                (0..WORDS_PER_PAGE).for_each(|word| memory.poke(page, word, 0));
+                                memory.poke_page(page, |_| 0);
                             } else {
                                 memory.poke(page, (count % 512) as usize, count);
                             }
                         }
                     }
-                    std::thread::sleep(pause_between);
                 }
             })
         };
@@ -279,6 +131,7 @@ impl Drop for Guest {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -295,7 +148,7 @@ pub fn kinds(journal: &Journal) -> Vec<JournalRecordKind> {
 pub struct SourceSaw {
     pub journal: Journal,
     /// Memory when it was saved.
-    pub at_save: Arc<Mutex<Option<Vec<u64>>>>,
+    pub at_save: Arc<Mutex<Option<Vec<u8>>>>,
     pub released: Arc<AtomicBool>,
     pub faults: Faults,
 }
@@ -313,15 +166,12 @@ impl SourceHost for ToySource {
     }
     fn start_tracking(&mut self) -> Result<(), HostError> {
         self.saw.faults.at(Call::Track)?;
-        for word in &self.guest.memory.dirty {
-            word.store(0, Ordering::SeqCst);
-        }
-        self.guest.memory.tracking.store(true, Ordering::SeqCst);
+        self.guest.memory.forget_dirty();
         Ok(())
     }
     fn fetch_dirty(&mut self) -> Result<PageSet, HostError> {
         self.saw.faults.at(Call::Fetch)?;
-        Ok(PageSet::from_words(self.guest.memory.dirty.iter().map(|word| word.swap(0, Ordering::SeqCst)).collect()))
+        Ok(self.guest.memory.take_dirty())
     }
     fn pause(&mut self) -> Result<(), HostError> {
         self.guest.set_running(false);
@@ -360,12 +210,14 @@ impl SourceHost for ToySource {
 pub struct DestinationSaw {
     pub journal: Journal,
     pub memory: Arc<Mutex<Option<Arc<ToyMemory>>>>,
-    pub at_resume: Arc<Mutex<Option<Vec<u64>>>>,
+    pub at_resume: Arc<Mutex<Option<Vec<u8>>>>,
     pub running: Arc<AtomicBool>,
     pub discarded: Arc<AtomicU64>,
     pub announced: Arc<AtomicU64>,
     pub faults: Faults,
     pub refuse: Arc<Mutex<Option<Refusal>>>,
+    /// Holds back what is written into incoming guests.
+    pub hold: Arc<Hold>,
 }
 
 pub struct ToyDestination(pub DestinationSaw);
@@ -376,7 +228,7 @@ impl DestinationHost for ToyDestination {
     }
     fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
         self.0.faults.at(Call::Prepare)?;
-        let memory = ToyMemory::of(vm.memory.clone());
+        let memory = ToyMemory::held(vm.memory.clone(), self.0.hold.clone());
         *self.0.memory.lock().unwrap() = Some(memory.clone());
         Ok(memory)
     }
@@ -429,12 +281,25 @@ pub struct ToySettings {
     pub listener: ListenerSettings,
     pub populate: Populate,
     pub ready: Duration,
+    /// How many migrations may come in at once.
+    pub incoming_max: usize,
+    /// The device of links that write memory directly.
+    pub fabric: Option<Arc<dyn Fabric>>,
+    /// Changes the engine's settings.
+    pub tune: Arc<dyn Fn(&mut DestinationConfig) + Send + Sync>,
 }
 
 impl Default for ToySettings {
     fn default() -> ToySettings {
         let listener = ListenerSettings { plaintext_lanes: true, ..ListenerSettings::default() };
-        ToySettings { listener, populate: Populate::Beside, ready: Duration::from_secs(5) }
+        ToySettings {
+            listener,
+            populate: Populate::Beside,
+            ready: Duration::from_secs(5),
+            incoming_max: 2,
+            fabric: None,
+            tune: Arc::new(|_| {}),
+        }
     }
 }
 
@@ -451,6 +316,7 @@ impl Hosting for ToyHosting {
         let mut config = DestinationConfig::new(header.migration, header.generation, peer.id, fresh_token().unwrap());
         config.plaintext_allowed = self.settings.listener.plaintext_lanes;
         config.deadlines.ready = self.settings.ready;
+        (self.settings.tune)(&mut config);
         let (done, ended) = oneshot::channel();
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
@@ -495,6 +361,7 @@ impl Toy {
             announced: Arc::default(),
             faults: Faults::default(),
             refuse: Arc::default(),
+            hold: Arc::default(),
         };
         let (outcomes, cancel, seen): (Arc<Mutex<Vec<_>>>, Arc<Mutex<Cancel>>, Arc<Mutex<_>>) = Default::default();
         let hosting = ToyHosting {
@@ -508,7 +375,7 @@ impl Toy {
             Listener::bind("127.0.0.1:0".parse().unwrap(), settings.listener, key.clone(), trusted.clone(), allow.clone())
                 .unwrap();
         let (address, counters, stop) = (listener.local_address().unwrap(), listener.counters(), Cancel::new());
-        let sessions = Sessions::new(Arc::new(hosting), 2);
+        let sessions = Sessions::with_fabric(Arc::new(hosting), settings.incoming_max, settings.fabric);
         tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
         Toy { key, trusted, allow, address, sessions, saw, stop, counters, outcomes, cancel, seen }
     }
@@ -606,8 +473,10 @@ pub fn assert_moved(sender: &Sender, toy: &Toy, outcome: &SourceOutcome) {
     assert!(sender.saw.released.load(Ordering::SeqCst));
     let saved = sender.saw.at_save.lock().unwrap().clone().unwrap();
     let resumed = toy.saw.at_resume.lock().unwrap().clone().unwrap();
-    let wrong: BTreeSet<usize> = (0..saved.len()).filter(|at| saved[*at] != resumed[*at]).map(|at| at / WORDS_PER_PAGE).collect();
-    assert!(wrong.is_empty(), "pages differ: {:?}", wrong.iter().take(20).collect::<Vec<_>>());
+    assert_eq!(saved.len(), resumed.len());
+    let pages = || saved.chunks(PAGE_BYTES as usize).zip(resumed.chunks(PAGE_BYTES as usize)).enumerate();
+    let wrong: Vec<usize> = pages().filter(|(_, (ours, theirs))| ours != theirs).map(|(page, _)| page).take(20).collect();
+    assert!(wrong.is_empty(), "pages differ, the first are {wrong:?}");
 }
 
 /// A migration that did not happen: the guest runs here and nowhere else.

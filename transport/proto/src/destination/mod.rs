@@ -205,7 +205,8 @@ impl Core {
                         self.send(Message::KeepaliveAck { nonce });
                         None
                     }
-                    Message::KeepaliveAck { .. } => None,
+                    // Keys are the link's business; the driver has seen them.
+                    Message::KeepaliveAck { .. } | Message::KeysAsk(_) => None,
                     Message::VerdictAsk { .. } => {
                         // It comes on a connection of its own, which is the link now.
                         self.keepalive.relink(self.now);

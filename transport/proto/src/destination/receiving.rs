@@ -15,6 +15,7 @@ pub(super) struct Asked {
     version: u16,
     lanes: u16,
     plaintext: bool,
+    page_check: bool,
 }
 
 /// Rounds and records so far.
@@ -69,7 +70,8 @@ fn grant(core: &Core, hello: &Hello) -> Result<Asked, Refusal> {
         ));
     }
     let lanes = hello.lanes.clamp(1, core.config.lanes_max);
-    Ok(Asked { version, lanes, plaintext: hello.plaintext_lanes })
+    let page_check = hello.page_check || core.config.page_check;
+    Ok(Asked { version, lanes, plaintext: hello.plaintext_lanes, page_check })
 }
 
 fn refuse(core: &mut Core, refusal: Refusal) -> State {
@@ -88,12 +90,13 @@ impl Asked {
             version: self.version,
             lanes: self.lanes,
             plaintext_lanes: self.plaintext,
+            page_check: self.page_check,
             token: core.config.token,
             keepalive_ms: u32::try_from(core.config.keepalive.as_millis()).unwrap_or(u32::MAX),
             destination_build: core.config.build.clone(),
         }));
         core.prepared = true;
-        core.act(DestinationAction::Prepare);
+        core.act(DestinationAction::Prepare { page_check: self.page_check });
         core.patience(core.config.deadlines.prepare);
         State::Preparing(self)
     }

@@ -238,7 +238,8 @@ impl Core {
                         self.send(Message::KeepaliveAck { nonce });
                         None
                     }
-                    Message::KeepaliveAck { .. } => None,
+                    // Keys are the link's business; the driver has seen them.
+                    Message::KeepaliveAck { .. } | Message::Keys(_) => None,
                     Message::Verdict(answer) => Some(SourceEvent::Verdict(answer)),
                     other => Some(SourceEvent::Message(other)),
                 }

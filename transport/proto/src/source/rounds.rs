@@ -17,6 +17,7 @@ use std::time::Duration;
 pub(super) struct Granted {
     lanes: u16,
     plaintext: bool,
+    page_check: bool,
     token: LaneToken,
 }
 
@@ -52,6 +53,8 @@ pub(super) fn starting(core: &mut Core) -> State {
         vm: config.vm.clone(),
         lanes: config.lanes,
         plaintext_lanes: config.plaintext_lanes,
+        link: config.link.clone(),
+        page_check: config.page_check,
         downtime_target_ms: ms_saturating(config.policy.downtime_target),
         downtime_ms_max: ms_saturating(config.policy.downtime_max),
         keepalive_ms: ms_saturating(config.keepalive),
@@ -90,14 +93,19 @@ fn granted(core: &Core, accept: &Accept) -> Result<Granted, String> {
             "false, as it was not asked for",
         ))
         .map_err(|error| format!("the destination's Accept: {error}"))?;
-    Ok(Granted { lanes: accept.lanes, plaintext: accept.plaintext_lanes, token: accept.token })
+    let Accept { lanes, plaintext_lanes: plaintext, page_check, token, .. } = *accept;
+    // More of it than was asked for costs time and harms nobody; less would be a downgrade.
+    check_setting(page_check || !core.config.page_check, "page_check", page_check, "true, as it was asked for")
+        .map_err(|error| format!("the destination's Accept: {error}"))?;
+    Ok(Granted { lanes, plaintext, page_check, token })
 }
 
 impl Granted {
     /// The destination has its VMM.
     pub(super) fn on(self, core: &mut Core, _prepared: SourceEvent) -> State {
         core.progress.prepare = Some(core.progress.total);
-        core.act(SourceAction::OpenLanes { lanes: self.lanes, plaintext: self.plaintext, token: self.token });
+        let Granted { lanes, plaintext, page_check, token } = self;
+        core.act(SourceAction::OpenLanes { lanes, plaintext, page_check, token });
         core.patience(core.config.deadlines.lanes);
         State::OpeningLanes
     }

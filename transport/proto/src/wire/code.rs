@@ -81,6 +81,10 @@ codes! {
     Shutdown = 19, "shutdown";
     /// The journal could not be written.
     Journal = 20, "journal";
+    /// The link that was asked for is not to be had: no device, no permission, not configured.
+    LinkUnavailable = 21, "link-unavailable";
+    /// A page that arrived is not the page that was sent.
+    PageCheck = 22, "page-check";
 }
 
 impl fmt::Display for Code {

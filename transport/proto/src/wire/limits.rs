@@ -34,6 +34,12 @@ pub const RECORD_KINDS_MAX: usize = 256;
 pub const VERSIONS_MAX: usize = 32;
 /// Reasons in one refusal.
 pub const REASONS_MAX: usize = 64;
+/// Chunks that one message may ask for or give keys of: 1024 keys are 16 KiB and open 16 GiB.
+pub const KEYS_PER_MESSAGE_MAX: usize = 1024;
+/// Links that a host may offer.
+pub const LINKS_MAX: usize = 16;
+/// Bytes of padding in one probe: one write of the control channel.
+pub const PROBE_BYTES_MAX: usize = 256 << 10;
 /// Lines about announcements in one report.
 pub const ANNOUNCEMENTS_MAX: usize = 512;
 

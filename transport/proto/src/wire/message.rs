@@ -4,9 +4,10 @@
 use super::code::Code;
 use super::frame::{CONTROL_HEADER_BYTES, ControlHeader, LaneToken};
 use super::limits::{
-    ADDRESSES_MAX, ANNOUNCEMENTS_MAX, CONFIG_BYTES_MAX, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX, REASONS_MAX,
-    RECORD_KINDS_MAX, VERSIONS_MAX, WORDS_BYTES_MAX, bytes, emit_bytes, list, text,
+    ADDRESSES_MAX, ANNOUNCEMENTS_MAX, CONFIG_BYTES_MAX, LINKS_MAX, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX, PROBE_BYTES_MAX,
+    REASONS_MAX, RECORD_KINDS_MAX, VERSIONS_MAX, WORDS_BYTES_MAX, bytes, emit_bytes, list, text,
 };
+use super::offer::{Keys, KeysAsk, LinkOffer};
 use super::version::VERSION_FIRST;
 use crate::error::{Malformed, Misuse};
 use crate::identity::{Generation, MigrationId, VmId};
@@ -72,6 +73,11 @@ pub struct Hello {
     pub lanes: u16,
     /// Whether it would like them without TLS.
     pub plaintext_lanes: bool,
+    /// The link that its lanes will come over: "tcp", "quic", "rdma".
+    #[serde(deserialize_with = "text::<_, NAME_BYTES_MAX>")]
+    pub link: String,
+    /// Whether it would like pages checked by a keyed hash, where the link's lanes are not encrypted and can do so.
+    pub page_check: bool,
     /// The downtime it aims at, in milliseconds.
     pub downtime_target_ms: u32,
     /// The downtime it would still accept, in milliseconds.
@@ -92,6 +98,8 @@ pub struct Accept {
     pub lanes: u16,
     /// Whether they are without TLS; never unless it was asked for.
     pub plaintext_lanes: bool,
+    /// Whether pages are checked by a keyed hash: if either side would like it.
+    pub page_check: bool,
     /// What every lane must show.
     pub token: LaneToken,
     /// How often the destination sends when it has nothing to say, in milliseconds.
@@ -247,11 +255,29 @@ pub enum Message {
     },
     /// Destination: this.
     Verdict(VerdictAnswer),
+    /// Source: the keys of these chunks of memory, please. For links that write memory directly.
+    KeysAsk(KeysAsk),
+    /// Destination: these.
+    Keys(Keys),
+    /// Source, first on a new connection: which links do you offer me?
+    LinksAsk,
+    /// Destination: these.
+    Links(Vec<LinkOffer>),
+    /// Source, on a connection that began with LinksAsk: padding, to learn how fast it comes.
+    Probe(Vec<u8>),
+    /// Destination: so many bytes of padding have come so far.
+    ProbeAck {
+        /// The bytes.
+        bytes: u64,
+    },
 }
 
 /// Bodies that are no type of their own.
 mod body {
-    use super::{Code, Deserialize, RECORD_BYTES_MAX, Serialize, WORDS_BYTES_MAX, bytes, emit_bytes, text};
+    use super::{
+        Code, Deserialize, LINKS_MAX, LinkOffer, PROBE_BYTES_MAX, RECORD_BYTES_MAX, Serialize, WORDS_BYTES_MAX, bytes,
+        emit_bytes, list, text,
+    };
 
     #[derive(Serialize, Deserialize)]
     pub(super) struct End {
@@ -277,6 +303,16 @@ mod body {
         #[serde(serialize_with = "emit_bytes", deserialize_with = "bytes::<_, RECORD_BYTES_MAX>")]
         bytes: Vec<u8>,
     }
+
+    /// The links that a host offers.
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Links(#[serde(deserialize_with = "list::<_, _, LINKS_MAX>")] pub(super) Vec<LinkOffer>);
+
+    /// Padding that goes as one piece.
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Padding(
+        #[serde(serialize_with = "emit_bytes", deserialize_with = "bytes::<_, PROBE_BYTES_MAX>")] pub(super) Vec<u8>,
+    );
 
     #[derive(Serialize, Deserialize)]
     pub(super) struct Whole(#[serde(with = "Record")] pub(super) crate::record::Record);
@@ -326,6 +362,12 @@ impl Message {
             Message::KeepaliveAck { .. } => 14,
             Message::VerdictAsk { .. } => 15,
             Message::Verdict(_) => 16,
+            Message::KeysAsk(_) => 17,
+            Message::Keys(_) => 18,
+            Message::LinksAsk => 19,
+            Message::Links(_) => 20,
+            Message::Probe(_) => 21,
+            Message::ProbeAck { .. } => 22,
         }
     }
 
@@ -338,7 +380,7 @@ impl Message {
     /// The name of a kind.
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
-        const NAMES: [&str; 17] = [
+        const NAMES: [&str; 23] = [
             "unknown",
             "Hello",
             "Accept",
@@ -356,6 +398,12 @@ impl Message {
             "KeepaliveAck",
             "VerdictAsk",
             "Verdict",
+            "KeysAsk",
+            "Keys",
+            "LinksAsk",
+            "Links",
+            "Probe",
+            "ProbeAck",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
     }
@@ -393,6 +441,12 @@ impl Message {
             14 => Message::KeepaliveAck { nonce: decode(what, body)? },
             15 => Message::VerdictAsk { released: decode(what, body)? },
             16 => Message::Verdict(decode(what, body)?),
+            17 => Message::KeysAsk(decode(what, body)?),
+            18 => Message::Keys(decode(what, body)?),
+            19 => decode(what, body).map(|()| Message::LinksAsk)?,
+            20 => Message::Links(decode::<body::Links>(what, body)?.0),
+            21 => Message::Probe(decode::<body::Padding>(what, body)?.0),
+            22 => Message::ProbeAck { bytes: decode(what, body)? },
             other => return Err(Malformed::Value { what: "the kind of a control message", found: other.into() }),
         })
     }
@@ -414,13 +468,18 @@ impl Message {
                 encode(what, &body::End { count: *count, bytes: *bytes, last_round: *last_round })?
             }
             Message::Ready(body) => encode(what, body)?,
-            Message::Commit => Vec::new(),
+            Message::Commit | Message::LinksAsk => Vec::new(),
             Message::Running(body) => encode(what, body)?,
             Message::Finished(body) => encode(what, body)?,
             Message::Abort { code, words } => encode(what, &body::Abort { code: *code, words: words.clone() })?,
             Message::Keepalive { nonce } | Message::KeepaliveAck { nonce } => encode(what, nonce)?,
             Message::VerdictAsk { released } => encode(what, released)?,
             Message::Verdict(body) => encode(what, body)?,
+            Message::KeysAsk(body) => encode(what, body)?,
+            Message::Keys(body) => encode(what, body)?,
+            Message::Links(offers) => encode(what, &body::Links(offers.clone()))?,
+            Message::Probe(padding) => encode(what, &body::Padding(padding.clone()))?,
+            Message::ProbeAck { bytes } => encode(what, bytes)?,
         };
         if body.len() > MESSAGE_BYTES_MAX {
             return Err(Misuse::Message { what, words: format!("{} bytes, at most {MESSAGE_BYTES_MAX} fit", body.len()) });

@@ -5,4 +5,5 @@ pub mod code;
 pub mod frame;
 pub mod limits;
 pub mod message;
+pub mod offer;
 pub mod version;

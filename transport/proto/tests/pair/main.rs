@@ -11,7 +11,9 @@ use limosa_proto::report::{Measured, Outcome, Report};
 use limosa_proto::source::{SourceEvent, SourceOutcome};
 use limosa_proto::state::{DestinationState, SourceState};
 use limosa_proto::wire::code::Code;
-use limosa_proto::wire::message::{Message, Refusal};
+use limosa_proto::wire::frame::LaneToken;
+use limosa_proto::wire::message::{Accept, Message, Refusal};
+use limosa_proto::wire::offer::{Keys, KeysAsk};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use world::{Fault, MS, World};
@@ -84,7 +86,13 @@ fn a_guest_moves() {
     let parts = progress.downtime.unwrap();
     assert!(parts.pause >= MS && parts.state >= 2 * MS && parts.resume >= MS && parts.commit >= 2 * MS, "{parts:?}");
     assert!(parts.total() < 30 * MS, "{parts:?}");
-    let measured = Measured { link: "tcp".to_owned(), source_cpu_seconds: 0.5, verified: Some(true), network_gap_ms: None };
+    let measured = Measured {
+        link: "tcp".to_owned(),
+        page_check: None,
+        source_cpu_seconds: 0.5,
+        verified: Some(true),
+        network_gap_ms: None,
+    };
     let report = Report::new(progress, world.outcome.as_ref().unwrap(), measured);
     assert!(report.ok && report.encrypted && report.outcome == Outcome::Committed);
     assert_eq!((report.lanes, report.announcements.as_slice()), (2, ["arp on lan".to_owned()].as_slice()));
@@ -360,6 +368,41 @@ fn plaintext_needs_both_and_versions_and_room_are_refused() {
 }
 
 #[test]
+fn pages_are_checked_if_either_side_would_like_it() {
+    let asks = |world: &mut World| {
+        world.begin();
+        world.run();
+        assert!(matches!(world.outcome, Some(SourceOutcome::Committed)), "{world:?}");
+        world.log.iter().any(|line| line.contains("OpenLanes") && line.contains("page_check: true"))
+    };
+    for (source, destination) in [(true, false), (false, true), (true, true), (false, false)] {
+        let mut world = World::new();
+        (world.config.page_check, world.destination_config.page_check) = (source, destination);
+        assert_eq!(asks(&mut world), source || destination, "{source} {destination}");
+    }
+}
+
+#[test]
+fn a_check_that_was_asked_for_cannot_be_refused_quietly() {
+    let mut world = until(SourceState::Preamble);
+    world.stop_at = None;
+    let accept = Accept {
+        version: 1,
+        lanes: 1,
+        plaintext_lanes: false,
+        page_check: false,
+        token: LaneToken([0; 32]),
+        keepalive_ms: 2000,
+        destination_build: String::new(),
+    };
+    let now = world.now;
+    world.source.as_mut().unwrap().handle(now, SourceEvent::Message(Message::Accept(accept)));
+    world.run();
+    let Some(SourceOutcome::Aborted { code, words, guest_runs: true, .. }) = &world.outcome else { panic!("{world:?}") };
+    assert!(*code == Code::Violation && words.contains("page_check"), "{words}");
+}
+
+#[test]
 fn a_destination_that_lies_is_aborted() {
     let lies = |state, message: Message| {
         let mut world = until(state);
@@ -376,6 +419,8 @@ fn a_destination_that_lies_is_aborted() {
     lies(SourceState::LastRound, Message::Running(Default::default()));
     lies(SourceState::Finalizing, Message::Commit);
     lies(SourceState::Preparing, Message::Finished(Default::default()));
+    lies(SourceState::Precopy, Message::KeysAsk(KeysAsk { chunks: vec![0] }));
+    lies(SourceState::Precopy, Message::Links(vec![]));
 }
 
 #[test]
@@ -401,6 +446,9 @@ fn a_source_that_lies_is_refused() {
     lies(DestinationState::Receiving, vec![Message::RecordsEnd { count: 0, bytes: 0, last_round: u32::MAX }]);
     lies(DestinationState::Ready, vec![Message::RecordsEnd { count: 0, bytes: 0, last_round: 9 }]);
     lies(DestinationState::Preparing, vec![Message::Running(Default::default())]);
+    lies(DestinationState::Receiving, vec![Message::Keys(Keys { keys: vec![] })]);
+    lies(DestinationState::Receiving, vec![Message::LinksAsk]);
+    lies(DestinationState::Receiving, vec![Message::Probe(vec![])]);
 }
 
 fn until_there(state: DestinationState) -> World {

@@ -624,7 +624,7 @@ impl World {
         }
         let task = match &action {
             DestinationAction::Check(_) => HostTask::Check,
-            DestinationAction::Prepare => HostTask::Prepare,
+            DestinationAction::Prepare { .. } => HostTask::Prepare,
             DestinationAction::Load(_) => HostTask::Load,
             DestinationAction::Journal(record) => HostTask::Journal(record.kind),
             DestinationAction::Resume => HostTask::Resume,
@@ -640,7 +640,7 @@ impl World {
                 assert_eq!(*described, vm());
                 self.refusal.clone().map_or(DestinationEvent::Admitted, DestinationEvent::Refuse)
             }
-            DestinationAction::Prepare => DestinationEvent::Prepared { populated_ms: 1 },
+            DestinationAction::Prepare { .. } => DestinationEvent::Prepared { populated_ms: 1 },
             DestinationAction::Load(records) => {
                 assert_eq!(records.len(), 2);
                 DestinationEvent::Loaded
@@ -656,7 +656,7 @@ impl World {
 
     fn effect_destination(&mut self, action: &DestinationAction) {
         match action {
-            DestinationAction::Prepare => self.incoming = Some(vec![0; self.memory.len()]),
+            DestinationAction::Prepare { .. } => self.incoming = Some(vec![0; self.memory.len()]),
             DestinationAction::Journal(record) => self.journals[1].push(record.clone()),
             DestinationAction::Resume => {
                 assert!(!self.discarded, "resumed after it was discarded: {self:?}");
