@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check bench tidy fmt lab lab-shell lab-up lab-down lab-status
+.PHONY: help setup demo test quick check bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
 
 # Under sudo the caller's Rust is not in PATH. Use it, but keep root's own cargo home: no root-owned files in another's.
 ifneq ($(SUDO_USER),)
@@ -48,10 +48,23 @@ check: ## formatting, clippy, documentation, licences and bans, tidy
 tidy: ## the rules of the house alone (tests/tidy.rs)
 	$(CARGO) test --quiet -p rig --test tidy
 
-bench: ## the figures of docs/BENCHMARKS.md (root, an idle machine)
+# Each benchmark writes a record of every sample, then its table and its plot are made of that: docs/BENCHMARKS.md.
+BENCH_DATE := $(shell date -u +%F)
+BENCH_RECORD = docs/benchmarks/$(BENCH_DATE)-$(1).json
+bench: bench-async-rdma ## measure every figure of docs/BENCHMARKS.md, and write its tables and plots (root, an idle machine)
 	@packaging/setup.sh all
 	$(CARGO) build --release -p limosa
-	$(CARGO) bench -p rig
+	$(CARGO) build --release -p rig --bin lab
+	$(CARGO) bench -p rig --bench links -- --json $(call BENCH_RECORD,links)
+	$(CARGO) bench -p rig --bench links -- --lab --json $(call BENCH_RECORD,links-lab)
+	$(CARGO) bench -p rig --bench peers -- --json $(call BENCH_RECORD,peers)
+	$(CARGO) bench -p rig --bench peers -- --lab --json $(call BENCH_RECORD,peers-lab)
+	@for name in links links-lab peers peers-lab; do \
+		record=docs/benchmarks/$(BENCH_DATE)-$$name.json; \
+		if [ -f $$record ]; then $(CARGO) bench -q -p rig --bench links -- --render $$record || exit; fi; done
+
+bench-async-rdma: ## build async-rdma (GPL-3.0, a workspace of its own) to be measured beside RDMA lanes, or say why not
+	@benches/async-rdma/build.sh $(CARGO)
 
 # The lab's two machines are alpha and beta. CMD reaches the shell inside as it was typed: make expands nothing in it.
 # HOST counts only when it is said here: some shells have a variable of that name.

@@ -24,7 +24,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// The agents' port.
 pub const PORT: u16 = 13560;
 
-/// What an agent is configured with; the default lets every host of the lab in.
+/// What an agent is configured with; the default lets every host of the lab in, and guests leave by TCP: what a probe finds
+/// faster is no business of tests that ask for something else.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
     /// CIDRs of `[allow]`.
@@ -35,6 +36,10 @@ pub struct AgentConfig {
     pub migration: BTreeMap<String, String>,
     /// Keys of `[agent]` beside the ones that the rig sets.
     pub agent: BTreeMap<String, String>,
+    /// Keys of `[quic]`.
+    pub quic: BTreeMap<String, String>,
+    /// Keys of `[rdma]`.
+    pub rdma: BTreeMap<String, String>,
 }
 
 impl Default for AgentConfig {
@@ -42,8 +47,10 @@ impl Default for AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
             networks: vec![("lan".into(), "br0".into())],
-            migration: BTreeMap::new(),
+            migration: BTreeMap::from([("link".into(), "\"tcp\"".into())]),
             agent: BTreeMap::new(),
+            quic: BTreeMap::new(),
+            rdma: BTreeMap::new(),
         }
     }
 }
@@ -52,6 +59,23 @@ impl AgentConfig {
     /// Sets one key of `[migration]`.
     pub fn migration(mut self, key: &str, value: impl ToString) -> AgentConfig {
         self.migration.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    /// Sets the link by which guests leave: "auto", "tcp", "quic" or "rdma".
+    pub fn link(self, link: &str) -> AgentConfig {
+        self.migration("link", format!("{link:?}"))
+    }
+
+    /// Sets one key of `[quic]`.
+    pub fn quic(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.quic.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    /// Sets one key of `[rdma]`.
+    pub fn rdma(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.rdma.insert(key.to_owned(), value.to_string());
         self
     }
 
@@ -78,9 +102,11 @@ impl AgentConfig {
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
         }
-        writeln!(text, "\n[migration]")?;
-        for (key, value) in &self.migration {
-            writeln!(text, "{key} = {value}")?;
+        for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma)] {
+            writeln!(text, "\n[{name}]")?;
+            for (key, value) in section {
+                writeln!(text, "{key} = {value}")?;
+            }
         }
         Ok(text)
     }

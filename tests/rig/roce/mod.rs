@@ -298,14 +298,21 @@ pub fn with_machines(test: impl FnOnce(&Machines) -> Result<()>) {
 pub fn test_binary(package: &str, test: &str, words: &[&str]) -> Result<PathBuf> {
     let _lock = process::lock("rig-build")?;
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(["test", "--quiet", "-p", package, "--test", test, "--no-run", "--message-format=json"]).args(words);
+    // Of the whole workspace, so that it is built with the same features as by `make test`: nothing is compiled twice.
+    command.args(["test", "--quiet", "--workspace", "--test", test, "--no-run", "--message-format=json"]).args(words);
     let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).output().context("cannot start cargo")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "the test {test} of {package}: {}", String::from_utf8_lossy(&output.stderr));
     let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut programs = messages.filter(|message| message["target"]["name"] == test);
+    let of = |message: &serde_json::Value| message["package_id"].as_str().is_some_and(|id| id.contains(&package_folder(package)));
+    let mut programs = messages.filter(|message| message["target"]["name"] == test && of(message));
     let program = programs.find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
     program.with_context(|| format!("cargo built no program for the test {test} of {package}"))
+}
+
+/// How cargo's id of a workspace package names it: by its folder, which is the last part of its name.
+fn package_folder(package: &str) -> String {
+    format!("/{}#", package.rsplit('-').next().unwrap_or(package))
 }
 
 /// A word as a shell takes it for one.

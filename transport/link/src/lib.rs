@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+pub mod choose;
 pub mod connect;
 pub mod control;
 mod destination;

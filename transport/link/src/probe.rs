@@ -1,9 +1,10 @@
 //! Asking a destination which links it offers, and learning how fast its control channel is: round trip and a short run of
-//! padding. Nothing is decided here; `choose.rs` does that.
+//! padding. Nothing is decided here; `choose` does that.
 
 use crate::control::ControlError;
 use crate::{ConnectError, Control, Link};
 use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::wire::code::Code;
 use limosa_proto::wire::limits::PROBE_BYTES_MAX;
 use limosa_proto::wire::message::Message;
 use limosa_proto::wire::offer::LinkOffer;
@@ -17,8 +18,9 @@ const ROUND_TRIPS: usize = 5;
 /// Padding of the throughput probe, and when it ends at the latest.
 const PADDING_BYTES: u64 = 8 << 20;
 const PADDING_TIME_MAX: Duration = Duration::from_millis(300);
-/// Padding that is not acknowledged yet: enough to fill a path, little enough to stop in time.
-const PADDING_AHEAD: u64 = 4 << 20;
+/// Padding that is not acknowledged yet, at first and at most: it doubles as on a path that is not known, so that a slow one is
+/// not filled with what takes seconds to drain.
+const PADDING_AHEAD: (u64, u64) = (PROBE_BYTES_MAX as u64, 4 << 20);
 /// A destination that answers slower than this does not answer.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
 
@@ -47,7 +49,7 @@ pub enum ProbeError {
         /// Why.
         error: ControlError,
     },
-    /// It said something else, or nothing in time.
+    /// It said something else.
     #[error("destination {destination}, asked for its links, {words}")]
     Answer {
         /// Whom we asked.
@@ -55,6 +57,26 @@ pub enum ProbeError {
         /// What it did.
         words: String,
     },
+    /// It said nothing in time.
+    #[error("destination {destination}, asked for its links, did not answer within {} s", ANSWER_MAX.as_secs())]
+    Silent {
+        /// Whom we asked.
+        destination: String,
+    },
+}
+
+impl ProbeError {
+    /// The code that the report gets.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            ProbeError::Connect(error) => error.code(),
+            ProbeError::Control { error: ControlError::KeyRefused, .. } => Code::UnknownHost,
+            ProbeError::Control { .. } => Code::LinkLost,
+            ProbeError::Answer { .. } => Code::Violation,
+            ProbeError::Silent { .. } => Code::Timeout,
+        }
+    }
 }
 
 const NOBODY: (MigrationId, Generation) = (MigrationId([0; 16]), Generation(0));
@@ -108,10 +130,7 @@ impl Asking<'_> {
         match tokio::time::timeout(ANSWER_MAX, self.control.receive()).await {
             Ok(Ok((_, message))) => Ok(message),
             Ok(Err(error)) => Err(self.lost(error)),
-            Err(_) => {
-                let words = format!("did not answer within {} s", ANSWER_MAX.as_secs());
-                Err(ProbeError::Answer { destination: self.destination.clone(), words })
-            }
+            Err(_) => Err(ProbeError::Silent { destination: self.destination.clone() }),
         }
     }
 
@@ -129,7 +148,8 @@ impl Asking<'_> {
         let begun = Instant::now();
         loop {
             let enough = sent >= PADDING_BYTES || begun.elapsed() >= PADDING_TIME_MAX;
-            if !enough && sent - arrived < PADDING_AHEAD {
+            let ahead = arrived.clamp(PADDING_AHEAD.0, PADDING_AHEAD.1);
+            if !enough && sent - arrived < ahead {
                 self.send(&padding)?;
                 sent += PROBE_BYTES_MAX as u64;
                 continue;

@@ -86,6 +86,19 @@ fn nothing(config: &SourceConfig, link: &dyn Link, outcome: SourceOutcome) -> (S
     (outcome, report)
 }
 
+/// The control channel with which a migration begins, unless it is cancelled before that is there.
+async fn first_channel(link: &dyn Link, cancel: &Cancel) -> Result<Control, SourceOutcome> {
+    tokio::select! {
+        biased;
+        words = cancel.cancelled() => {
+            Err(SourceOutcome::Aborted { code: Code::Cancelled, words, by: Side::Source, guest_runs: true })
+        }
+        connected = link.control() => {
+            connected.map_err(|error| SourceOutcome::Refused(Refusal::one(error.code(), error.to_string())))
+        }
+    }
+}
+
 pub(crate) async fn run(
     link: Arc<dyn Link>,
     mut config: SourceConfig,
@@ -98,21 +111,15 @@ pub(crate) async fn run(
     let capabilities = link.capabilities();
     capabilities.name.clone_into(&mut config.link);
     config.page_check &= capabilities.page_check;
+    // A link that always encrypts does so whatever is asked; the report must not say otherwise.
+    config.plaintext_lanes &= capabilities.plaintext_lanes;
     let tag = Tag { migration: config.migration, generation: config.generation };
     let control = if in_doubt {
         None
     } else {
-        let connected = tokio::select! {
-            biased;
-            words = cancel.cancelled() => {
-                let outcome = SourceOutcome::Aborted { code: Code::Cancelled, words, by: Side::Source, guest_runs: true };
-                return nothing(&config, &*link, outcome);
-            }
-            connected = link.control() => connected,
-        };
-        match connected {
+        match first_channel(&*link, &cancel).await {
             Ok(control) => Some(control),
-            Err(error) => return nothing(&config, &*link, SourceOutcome::Refused(Refusal::one(error.code(), error.to_string()))),
+            Err(outcome) => return nothing(&config, &*link, outcome),
         }
     };
     let internal =

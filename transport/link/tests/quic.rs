@@ -30,7 +30,10 @@ struct Port {
 
 impl Port {
     fn open(toy: &Toy, silence: Duration, quic: QuicSettings) -> Port {
-        let settings = ListenerSettings { peer_silence_max: silence, ..ListenerSettings::default() };
+        Port::with(toy, ListenerSettings { peer_silence_max: silence, ..ListenerSettings::default() }, quic)
+    }
+
+    fn with(toy: &Toy, settings: ListenerSettings, quic: QuicSettings) -> Port {
         let (key, trusted, allow) = (toy.key.clone(), toy.trusted.clone(), toy.allow.clone());
         let listener = QuicListener::bind("127.0.0.1:0".parse().unwrap(), settings, quic, key, trusted, allow).unwrap();
         let (address, counters, stop) = (listener.local_address().unwrap(), listener.counters(), Cancel::new());
@@ -166,7 +169,7 @@ async fn an_address_that_is_not_allowed_costs_no_handshake() {
     assert_eq!(port.count(|counters| &counters.handshakes_begun), 0);
     *toy.allow.write().unwrap() = AllowList::new(&["127.0.0.1"]).unwrap().0;
     next_is_good(&mut sender, &toy, &port).await;
-    assert_eq!(port.count(|counters| &counters.handshakes_begun), 1);
+    assert_eq!(port.count(|counters| &counters.handshakes_begun), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -181,7 +184,13 @@ async fn a_source_that_is_not_trusted_there() {
         assert_eq!(refusal.code, Code::UnknownHost, "{}", refusal.words());
         assert!(refusal.words().contains("does not trust our key"), "{}", refusal.words());
     }
-    assert_eq!(port.count(|counters| &counters.not_trusted), 5);
+    // A source hears of it before the destination has counted.
+    let counted = async {
+        while port.count(|counters| &counters.not_trusted) < 5 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), counted).await.expect("a refusal was not counted");
     assert_eq!(toy.sessions.open(), 0);
     next_is_good(&mut sender, &toy, &port).await;
 }
@@ -229,6 +238,8 @@ struct Wire {
     address: SocketAddr,
     up: Arc<AtomicBool>,
     down: Arc<AtomicBool>,
+    /// How many packets may still go up.
+    left: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -238,7 +249,8 @@ impl Wire {
         far.connect(to).await.unwrap();
         let address = near.local_addr().unwrap();
         let (up, down) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
-        let (open_up, open_down) = (up.clone(), down.clone());
+        let left = Arc::new(AtomicU64::new(u64::MAX));
+        let (open_up, open_down, may) = (up.clone(), down.clone(), left.clone());
         let task = tokio::spawn(async move {
             let (mut there, mut back) = (vec![0; 65536], vec![0; 65536]);
             let mut source = None;
@@ -246,7 +258,8 @@ impl Wire {
                 tokio::select! {
                     Ok((bytes, from)) = near.recv_from(&mut there) => {
                         source = Some(from);
-                        if open_up.load(Ordering::SeqCst) {
+                        if open_up.load(Ordering::SeqCst) && may.load(Ordering::SeqCst) > 0 {
+                            may.fetch_sub(1, Ordering::SeqCst);
                             let _ = far.send(&there[..bytes]).await;
                         }
                     }
@@ -258,7 +271,7 @@ impl Wire {
                 }
             }
         });
-        Wire { address, up, down, task }
+        Wire { address, up, down, left, task }
     }
 }
 
@@ -311,6 +324,28 @@ async fn a_peer_that_hears_but_is_not_heard() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_is_heard_but_does_not_hear() {
     cut(true, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_does_not_finish_its_handshake_makes_room() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let listener = ListenerSettings { unauthenticated_max: 1, ..ListenerSettings::default() };
+    let port = Port::with(&toy, listener, QuicSettings::default());
+    let wire = Wire::to(port.address).await;
+    let mut sender = sender(512);
+    sender.befriend(&toy);
+    // The first packet, and again with the token of the Retry; never the key.
+    wire.left.store(2, Ordering::SeqCst);
+    let settings = QuicSettings { connect_max: Duration::from_secs(15), ..QuicSettings::default() };
+    let stuck = link_to(wire.address, &sender, &toy, Duration::from_secs(15), settings);
+    let stuck = tokio::spawn(async move { stuck.control().await.map(|_| ()) });
+    while port.count(|counters| &counters.handshakes_begun) == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    next_is_good(&mut sender, &toy, &port).await;
+    let told = stuck.await.unwrap();
+    assert!(matches!(told, Err(ConnectError::Crowded { .. })), "{told:?}");
+    assert_eq!(port.count(|counters| &counters.crowded_out), 1);
 }
 
 /// The source moves from 127.0.0.2 to `to` in the middle of the first round.
@@ -387,5 +422,5 @@ async fn garbage_at_the_port() {
     next_is_good(&mut sender, &toy, &port).await;
     let counted = port.count(|counters| &counters.dropped_not_allowed);
     assert!(counted > 0 && counted <= dropped, "{counted} of {dropped} were dropped");
-    assert_eq!(port.count(|counters| &counters.handshakes_begun), 1);
+    assert_eq!(port.count(|counters| &counters.handshakes_begun), 2);
 }

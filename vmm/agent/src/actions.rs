@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, Direction, HostInfo, JobInfo, JobState, Request, Response, VerdictInfo};
 use crate::serve::Replies;
-use crate::{announcing, outgoing};
+use crate::{announcing, leaving, links, outgoing};
 use limosa_announce::Announcer;
 use limosa_proto::commit;
 use std::sync::Arc;
@@ -26,6 +26,7 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
             .await
         }
         Request::HostId => Ok(Answer::Host(own(agent))),
+        Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
         Request::HostTrust(info) => trust(agent, &info),
         Request::HostList => {
             let info = |host: crate::hosts::Host| HostInfo { name: host.name, id: host.id.to_string(), address: host.address };
@@ -37,7 +38,7 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
         }
         Request::Migrate(request) => {
             if request.plan_only {
-                return blocking(agent, move |agent| outgoing::plan(agent, &request).map(|plan| Answer::Plan(plan.0))).await;
+                return leaving::plan(agent, request).await.map(|plan| Answer::Plan(Box::new(plan)));
             }
             let id = outgoing::begin(agent, request).await?;
             follow(agent, id, replies).await

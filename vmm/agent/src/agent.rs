@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
 use crate::journal::{Journal, JournalError};
+use crate::links::Links;
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
@@ -24,6 +25,7 @@ pub(crate) struct Agent {
     journal: Mutex<Journal>,
     pub(crate) jobs: Jobs,
     pub(crate) vms: Vms,
+    pub(crate) links: Links,
     stopping: AtomicBool,
 }
 
@@ -48,7 +50,7 @@ impl Agent {
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        Ok((Agent { config, key, hosts, journal, jobs, vms, stopping }, warnings))
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links: Links::default(), stopping }, warnings))
     }
 
     /// The journal, for reading.

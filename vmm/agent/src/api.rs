@@ -1,7 +1,7 @@
 //! What commands and the agent say to each other: one request a connection, a stream of lines of JSON back.
 //! The types are shared by both ends; the serving end is in `serve`, what is done in `actions`.
 
-use limosa_proto::report::Report;
+use limosa_proto::report::{LinkTried, Report};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -50,6 +50,8 @@ pub enum Request {
     },
     /// Who this host is.
     HostId,
+    /// Who this host is, and which links it has.
+    HostShow,
     /// Trust a host.
     HostTrust(HostInfo),
     /// The trusted hosts.
@@ -98,9 +100,13 @@ pub struct MigrateRequest {
     pub vm: String,
     /// The destination's name.
     pub to: String,
+    /// "auto", "tcp", "quic" or "rdma".
+    pub link: Option<String>,
+    /// Whether pages are checked by a keyed hash on links without encryption.
+    pub page_check: Option<bool>,
     /// 1 to 16.
     pub lanes: Option<u16>,
-    /// Whether guest memory may cross the network in plain text.
+    /// Whether guest memory may cross the network in plain text. False: nor over a fabric that is declared trusted.
     pub plaintext: Option<bool>,
     /// Pause that pre-copy aims at.
     pub downtime_target_ms: Option<u64>,
@@ -115,7 +121,7 @@ pub struct MigrateRequest {
 }
 
 /// A migration with everything resolved, as it is going to be done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The guest's name.
     pub vm: String,
@@ -125,10 +131,22 @@ pub struct Plan {
     pub memory_bytes: u64,
     /// The destination.
     pub to: HostInfo,
-    /// "tcp".
+    /// The link that was asked for: "auto", "tcp", "quic" or "rdma".
+    pub link_wanted: String,
+    /// The link that is tried first: "tcp".
     pub link: String,
-    /// Whether guest memory is encrypted on the network.
+    /// Why.
+    pub link_reason: String,
+    /// The links that are tried one after the other if the first fails before pages move, itself included.
+    pub links: Vec<String>,
+    /// What was learnt of every link.
+    pub links_tried: Vec<LinkTried>,
+    /// What was asked for or configured; none: encrypted, or over a fabric that both hosts declare trusted.
+    pub plaintext: Option<bool>,
+    /// Whether guest memory is encrypted on the first link.
     pub encrypted: bool,
+    /// Whether pages are checked by a keyed hash where the link does not encrypt.
+    pub page_check: bool,
     /// Number of lanes.
     pub lanes: u16,
     /// Pause that pre-copy aims at.
@@ -171,6 +189,77 @@ pub struct HostInfo {
     pub id: String,
     /// Where its agent listens: `address:port` or `name:port`.
     pub address: String,
+}
+
+/// This host, as others meet it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: String,
+    /// Where its agent listens.
+    pub addresses: Vec<String>,
+    /// Its links.
+    pub links: Vec<LinkInfo>,
+    /// Its RDMA devices, usable or not.
+    pub rdma_devices: Vec<RdmaDevice>,
+}
+
+/// A link of a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkInfo {
+    /// "tcp", "quic" or "rdma".
+    pub link: String,
+    /// Whether guests may come over it.
+    pub available: bool,
+    /// Why not, or what is worth saying about it.
+    pub words: String,
+    /// Its addresses, where they are not the agent's, with the payload of one packet in bytes: `10.0.0.1 (MTU 4096)`.
+    pub addresses: Vec<String>,
+}
+
+/// An RDMA device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RdmaDevice {
+    /// Its name: `mlx5_0`, `rxe0`.
+    pub name: String,
+    /// Its number.
+    pub guid: String,
+    /// Whether memory may stay unpinned.
+    pub on_demand: bool,
+    /// Its ports.
+    pub ports: Vec<RdmaPort>,
+}
+
+/// A port of an RDMA device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RdmaPort {
+    /// From 1.
+    pub number: u8,
+    /// "active", "down" and so on.
+    pub state: String,
+    /// "Ethernet" or "InfiniBand".
+    pub link_layer: String,
+    /// Bytes of a packet's payload, as things are.
+    pub mtu_active: u32,
+    /// Bytes of a packet's payload at most.
+    pub mtu_max: u32,
+    /// Its addresses.
+    pub gids: Vec<RdmaGid>,
+}
+
+/// An address of a port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RdmaGid {
+    /// Its place in the port's table.
+    pub index: u32,
+    /// The address.
+    pub gid: String,
+    /// "RoCE v2", "RoCE v1" or "InfiniBand".
+    pub kind: String,
+    /// The network interface that it belongs to.
+    pub interface: Option<String>,
 }
 
 /// Which way a guest went.
@@ -301,12 +390,14 @@ pub enum Answer {
     Host(HostInfo),
     /// Hosts.
     Hosts(Vec<HostInfo>),
+    /// This host with its links.
+    HostShow(Box<HostReport>),
     /// A job.
     Job(Box<JobInfo>),
     /// Jobs.
     Jobs(Vec<JobInfo>),
     /// A plan.
-    Plan(Plan),
+    Plan(Box<Plan>),
     /// What left on which interface.
     Announced(Vec<String>),
     /// What is known.

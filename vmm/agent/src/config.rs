@@ -2,7 +2,9 @@
 //! How TOML is read and how problems are shown is in `checked`; the guest's own file is in `vm_config`.
 
 use crate::checked::{ConfigError, Problems, Section, read_text};
+use limosa_link::choose::{LinkKind, Wanted};
 use limosa_link::pages::Populate;
+use limosa_link::quic::{Congestion, QuicSettings};
 use limosa_proto::allow::AllowList;
 use limosa_proto::precopy::NoConvergence;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -40,6 +42,10 @@ pub struct Migration {
     pub downtime_max: Duration,
     /// What happens when the guest dirties memory faster than it can be sent.
     pub on_no_convergence: NoConvergence,
+    /// Which link an outgoing migration goes over.
+    pub link: Wanted,
+    /// Whether pages are checked by a keyed hash on links without encryption.
+    pub page_check: bool,
     /// Lanes of an outgoing migration; none: chosen from the machine.
     pub lanes: Option<u16>,
     /// Whether guest memory may cross the network in plain text.
@@ -62,6 +68,26 @@ pub struct Migration {
     pub outgoing_max: usize,
 }
 
+/// The QUIC link of this host.
+#[derive(Debug, Clone)]
+pub struct Quic {
+    /// Whether guests may come and go over it.
+    pub enabled: bool,
+    /// How.
+    pub settings: QuicSettings,
+}
+
+/// The RDMA link of this host.
+#[derive(Debug, Clone)]
+pub struct Rdma {
+    /// Whether guests may come and go over it, where there is a device.
+    pub enabled: bool,
+    /// Networks whose hosts and switches may see guest memory in passing; none: no RDMA.
+    pub trusted_fabric: AllowList,
+    /// Whether guest memory is left unpinned where the device can do with that.
+    pub on_demand: bool,
+}
+
 /// The whole configuration, validated.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -79,6 +105,10 @@ pub struct Config {
     pub networks: Vec<Network>,
     /// How guests are moved.
     pub migration: Migration,
+    /// Over QUIC.
+    pub quic: Quic,
+    /// Over RDMA.
+    pub rdma: Rdma,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -92,6 +122,8 @@ impl Default for Migration {
             downtime_target: ms(50),
             downtime_max: ms(2000),
             on_no_convergence: NoConvergence::LongerDowntime,
+            link: Wanted::Auto,
+            page_check: true,
             lanes: None,
             plaintext_lanes: false,
             bandwidth: 0,
@@ -106,6 +138,18 @@ impl Default for Migration {
     }
 }
 
+impl Default for Quic {
+    fn default() -> Quic {
+        Quic { enabled: true, settings: QuicSettings::default() }
+    }
+}
+
+impl Default for Rdma {
+    fn default() -> Rdma {
+        Rdma { enabled: true, trusted_fabric: AllowList::default(), on_demand: false }
+    }
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -116,6 +160,8 @@ impl Default for Config {
             allow: AllowList::default(),
             networks: Vec::new(),
             migration: Migration::default(),
+            quic: Quic::default(),
+            rdma: Rdma::default(),
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -156,6 +202,12 @@ impl Config {
             config.read_networks(root.sections("network"));
             if let Some(section) = root.section("migration") {
                 config.migration.read(section);
+            }
+            if let Some(section) = root.section("quic") {
+                config.quic.read(section);
+            }
+            if let Some(section) = root.section("rdma") {
+                config.read_rdma(section);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();
@@ -221,24 +273,34 @@ impl Config {
     }
 
     fn read_allow(&mut self, mut section: Section<'_, '_>) {
-        let peers = section.strings("peers").unwrap_or_default();
+        self.allow = self.networks_of(&mut section, "peers").unwrap_or_default();
+        section.close();
+    }
+
+    fn read_rdma(&mut self, mut section: Section<'_, '_>) {
+        self.rdma.enabled = section.boolean("enabled").unwrap_or(self.rdma.enabled);
+        self.rdma.trusted_fabric = self.networks_of(&mut section, "trusted_fabric").unwrap_or_default();
+        self.rdma.on_demand = section.boolean("on_demand").unwrap_or(self.rdma.on_demand);
+        section.close();
+    }
+
+    /// A list of networks; every text that is none is a problem.
+    fn networks_of(&mut self, section: &mut Section<'_, '_>, key: &'static str) -> Option<AllowList> {
+        let texts = section.strings(key)?;
         let mut good = Vec::new();
-        for peer in &peers {
-            match AllowList::new(&[peer]) {
+        for text in &texts {
+            match AllowList::new(&[text]) {
                 Ok((_, warnings)) => {
                     self.warnings.extend(warnings);
-                    good.push(peer.clone());
+                    good.push(text.clone());
                 }
                 Err(_) => {
                     let wants = "it should be an address or ADDRESS/PREFIX, such as \"10.0.0.0/24\" or \"fd00::/64\"";
-                    section.problem("peers", format_args!("has {peer:?}"), wants);
+                    section.problem(key, format_args!("has {text:?}"), wants);
                 }
             }
         }
-        if let Ok((allow, _)) = AllowList::new(&good) {
-            self.allow = allow;
-        }
-        section.close();
+        AllowList::new(&good).ok().map(|(list, _)| list)
     }
 
     fn read_networks(&mut self, sections: Vec<Section<'_, '_>>) {
@@ -300,6 +362,11 @@ impl Migration {
             let all = [Populate::Before, Populate::Beside, Populate::No];
             self.populate = all.get(index).copied().unwrap_or(self.populate);
         }
+        let links = [Wanted::Auto, Wanted::Only(LinkKind::Tcp), Wanted::Only(LinkKind::Quic), Wanted::Only(LinkKind::Rdma)];
+        if let Some(index) = section.one_of("link", &["auto", "tcp", "quic", "rdma"]) {
+            self.link = links.get(index).copied().unwrap_or(self.link);
+        }
+        self.page_check = section.boolean("page_check").unwrap_or(self.page_check);
         self.lanes = section.integer("lanes", 1..=16).and_then(|lanes| u16::try_from(lanes).ok());
         self.plaintext_lanes = section.boolean("plaintext_lanes").unwrap_or(self.plaintext_lanes);
         self.bandwidth = section.size("bandwidth").unwrap_or(self.bandwidth);
@@ -312,6 +379,22 @@ impl Migration {
             }
             self.announce_schedule = list.into_iter().map(ms).collect();
         }
+        section.close();
+    }
+}
+
+impl Quic {
+    fn read(&mut self, mut section: Section<'_, '_>) {
+        let settings = &mut self.settings;
+        self.enabled = section.boolean("enabled").unwrap_or(self.enabled);
+        settings.address_change = section.boolean("address_change").unwrap_or(settings.address_change);
+        if let Some(index) = section.one_of("congestion", &["cubic", "bbr", "newreno"]) {
+            let all = [Congestion::Cubic, Congestion::Bbr, Congestion::NewReno];
+            settings.congestion = all.get(index).copied().unwrap_or(settings.congestion);
+        }
+        let small = |number: Option<u64>| number.and_then(|number| u16::try_from(number).ok());
+        settings.connections = small(section.integer("connections", 1..=16)).unwrap_or(settings.connections);
+        settings.mtu_max = small(section.integer("mtu_max", 1200..=16_000)).unwrap_or(settings.mtu_max);
         section.close();
     }
 }
@@ -369,6 +452,32 @@ mod tests {
             assert!(error.contains(part), "{part}\nis not in\n{error}");
         }
         assert_eq!(error.lines().count(), 7, "{error}");
+    }
+
+    #[test]
+    fn links_are_set_and_checked() {
+        let text = "[migration]\nlink = \"rdma\"\npage_check = false\n[quic]\nenabled = false\ncongestion = \"bbr\"\nconnections = 4\n\
+                    [rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\non_demand = true\n";
+        let config = parse(text).unwrap();
+        assert_eq!((config.migration.link, config.migration.page_check), (Wanted::Only(LinkKind::Rdma), false));
+        assert_eq!((config.quic.enabled, config.quic.settings.congestion), (false, Congestion::Bbr));
+        assert!(config.rdma.on_demand && config.rdma.trusted_fabric.decide("10.77.0.9".parse().unwrap()).allowed);
+        let usual = parse("").unwrap();
+        assert_eq!((usual.migration.link, usual.migration.page_check, usual.quic.enabled), (Wanted::Auto, true, true));
+        assert!(usual.rdma.trusted_fabric.networks().is_empty(), "no fabric is trusted unless somebody says so");
+        let text = "[migration]\nlink = \"pigeon\"\n[quic]\nenable = true\nconnections = 17\n[rdma]\ntrusted_fabric = [\"all\"]\n\
+                    trust = []\n";
+        let error = parse(text).unwrap_err().to_string();
+        for part in [
+            "agent.toml:2: migration.link is \"pigeon\"; it should be \"auto\" or \"tcp\" or \"quic\" or \"rdma\"",
+            "agent.toml:4: unknown key \"quic.enable\"; did you mean \"enabled\"?",
+            "agent.toml:5: quic.connections is 17",
+            "agent.toml:7: rdma.trusted_fabric has \"all\"",
+            "agent.toml:8: unknown key \"rdma.trust\"",
+        ] {
+            assert!(error.contains(part), "{part}\nis not in\n{error}");
+        }
+        assert_eq!(error.lines().count(), 5, "{error}");
     }
 
     #[test]

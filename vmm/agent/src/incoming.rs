@@ -6,6 +6,7 @@ use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
 use crate::jobs::{Ending, unix_ms};
+use crate::links;
 use crate::outgoing::{host_error, resume};
 use crate::pages::GuestPages;
 use crate::process::memory_available;
@@ -23,6 +24,7 @@ use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::offer::LinkOffer;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,10 +49,13 @@ impl Hosting for Reception {
         if agent.is_stopping() {
             return Err(Refusal::one(Code::Shutdown, "the destination's agent is stopping"));
         }
+        links::may_come_over(agent, &hello.link)?;
         let token = fresh_token().map_err(|e| Refusal::one(Code::Internal, e.to_string()))?;
         let set = &agent.config.migration;
         let mut config = DestinationConfig::new(header.migration, header.generation, peer.id, token);
-        config.plaintext_allowed = set.plaintext_lanes;
+        // RDMA only where this host's own address is within the trusted fabric; its port lets in only lanes of peers within it.
+        config.plaintext_allowed = set.plaintext_lanes || hello.link == "rdma";
+        config.page_check = set.page_check;
         config.keepalive = set.keepalive;
         config.peer_silence_max = set.silence_max;
         config.deadlines.ready = set.ready_max;
@@ -81,6 +86,10 @@ impl Hosting for Reception {
             progress: Some(progress),
             done: Some(done),
         })
+    }
+
+    fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
+        links::offers(&self.0)
     }
 
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {

@@ -16,6 +16,8 @@ pub mod hosts;
 mod incoming;
 pub mod jobs;
 pub mod journal;
+mod leaving;
+mod links;
 mod outgoing;
 mod pages;
 pub mod process;

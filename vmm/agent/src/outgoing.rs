@@ -1,39 +1,33 @@
-//! Guests that leave: the plan, the job, and the source's host over the plug.
-//! How a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
+//! Guests that leave: the plan, the job, and the source's host over the plug. Which link is tried and what becomes of it is
+//! `leaving`; how a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
 
 use crate::agent::Agent;
-use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobProgress, JobState, MigrateRequest, Plan};
+use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobState, MigrateRequest, Plan};
 use crate::hosts::Host;
-use crate::jobs::{Ending, unix_ms};
+use crate::jobs::unix_ms;
+use crate::leaving;
 use crate::pages::GuestPages;
 use crate::vm::{Claim, Vm, VmState};
-use limosa_link::{Cancel, HostError, LaneSettings, Pages, SourceHost, SourceOptions, run_source};
+use limosa_link::choose::Wanted;
+use limosa_link::{HostError, Pages, SourceHost};
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::JournalRecord;
-use limosa_proto::event::{Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::MigrationId;
-use limosa_proto::memory::PAGE_BYTES;
-use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
-use limosa_proto::progress::Progress;
+use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
-use limosa_proto::report::Report;
-use limosa_proto::state::SourceState;
 use limosa_proto::wire::message::VmDescription;
 use ring::rand::SecureRandom as _;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// How long a paused guest's VMM that has lost its connection may take to come back before it is given up.
 const REPLUG_MAX: Duration = Duration::from_secs(3);
-/// How long a VMM may take to end after its guest has left.
-const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// More lanes than this bring nothing unless they are asked for.
 const LANES_CHOSEN_MAX: usize = 4;
 
-/// What would be done, with everything resolved.
-pub(crate) fn plan(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Host), ApiError> {
+/// What would be done, with everything resolved but the link.
+pub(crate) fn resolve(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Host, Wanted), ApiError> {
     let vm = agent.vms.named(&request.vm)?;
     let host = agent.hosts.named(&request.to).ok_or_else(|| {
         let words = format!("no host is called \"{}\" here; `limosa host trust` makes one known", request.to);
@@ -46,13 +40,21 @@ pub(crate) fn plan(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Hos
     let words = |policy| if policy == NoConvergence::Abort { "abort" } else { "longer-downtime" };
     let on_no_convergence = request.on_no_convergence.clone().unwrap_or_else(|| words(set.on_no_convergence).into());
     let lanes = request.lanes.or(set.lanes).unwrap_or_else(chosen_lanes);
+    let wanted = request.link.as_deref().map_or(Ok(set.link), str::parse::<Wanted>);
+    let wanted = wanted.map_err(|words| ApiError::usage("link", words))?;
     let plan = Plan {
         vm: vm.name.clone(),
         vm_id: vm.id.to_string(),
         memory_bytes: description.memory.bytes(),
         to: HostInfo { name: host.name.clone(), id: host.id.to_string(), address: host.address.clone() },
-        link: "tcp".into(),
-        encrypted: !request.plaintext.unwrap_or(set.plaintext_lanes),
+        link_wanted: wanted.to_string(),
+        link: String::new(),
+        link_reason: String::new(),
+        links: Vec::new(),
+        links_tried: Vec::new(),
+        plaintext: request.plaintext.or(set.plaintext_lanes.then_some(true)),
+        encrypted: true,
+        page_check: request.page_check.unwrap_or(set.page_check),
         lanes,
         downtime_target_ms: request.downtime_target_ms.unwrap_or(ms(set.downtime_target)),
         downtime_ms_max: request
@@ -61,7 +63,7 @@ pub(crate) fn plan(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Hos
         on_no_convergence,
         bandwidth: request.bandwidth.unwrap_or(set.bandwidth),
     };
-    if !plan.encrypted && !set.plaintext_lanes {
+    if plan.plaintext == Some(true) && !set.plaintext_lanes {
         let words = "lanes without TLS were asked for; this host's settings do not allow them (migration.plaintext_lanes)";
         return Err(ApiError::refused("plaintext-refused", words));
     }
@@ -75,7 +77,7 @@ pub(crate) fn plan(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Hos
     if !["longer-downtime", "abort"].contains(&plan.on_no_convergence.as_str()) {
         return bad("on_no_convergence should be \"longer-downtime\" or \"abort\"");
     }
-    Ok((plan, host))
+    Ok((plan, host, wanted))
 }
 
 /// As many lanes as this machine has use for.
@@ -85,12 +87,13 @@ fn chosen_lanes() -> u16 {
 }
 
 /// Everything that a migration needs of the guest.
-struct Prepared {
-    plan: Plan,
-    host: Host,
-    claim: Claim,
-    description: VmDescription,
-    pages: Arc<GuestPages>,
+pub(crate) struct Prepared {
+    pub(crate) plan: Plan,
+    pub(crate) host: Host,
+    pub(crate) wanted: Wanted,
+    pub(crate) claim: Claim,
+    pub(crate) description: VmDescription,
+    pub(crate) pages: Arc<GuestPages>,
 }
 
 /// Begins to move a guest; gives the job's number.
@@ -112,8 +115,6 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
         .map_err(|_| ApiError::refused("internal", "the system gives no random numbers"))?;
     let migration = MigrationId(migration);
     let generation = agent.journal().next_generation(prepared.description.id);
-    let mut config = SourceConfig::new(migration, generation, prepared.host.id, prepared.description.clone());
-    configure(agent, &prepared.plan, &mut config);
     let (id, cancel) = agent.jobs.begin(|id| JobInfo {
         id,
         direction: Direction::Outgoing,
@@ -132,128 +133,23 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
         code: None,
     });
     tracing::info!(job = id, vm = prepared.plan.vm, to = prepared.host.name, %migration, "a guest begins to leave");
-    tokio::spawn(carry_out(Arc::clone(agent), id, prepared, config, cancel));
+    tokio::spawn(leaving::carry_out(Arc::clone(agent), id, prepared, (migration, generation), cancel));
     Ok(id)
 }
 
 fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError> {
-    let (plan, host) = plan(agent, request)?;
+    let (plan, host, wanted) = resolve(agent, request)?;
     let claim = agent.vms.claim(&request.vm, "migrating")?;
     let failed = |words: String| ApiError::refused("vmm-failed", words);
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
     let description = described.description.clone();
     let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
-    Ok(Prepared { plan, host, claim, description, pages: Arc::new(GuestPages(memory)) })
-}
-
-fn configure(agent: &Agent, plan: &Plan, config: &mut SourceConfig) {
-    let set = &agent.config.migration;
-    let downtime_max = Duration::from_millis(plan.downtime_ms_max);
-    config.lanes = plan.lanes;
-    config.plaintext_lanes = !plan.encrypted;
-    config.policy = PrecopyPolicy {
-        downtime_target: Duration::from_millis(plan.downtime_target_ms),
-        downtime_max,
-        on_no_convergence: if plan.on_no_convergence == "abort" { NoConvergence::Abort } else { NoConvergence::LongerDowntime },
-        ..PrecopyPolicy::default()
-    };
-    config.keepalive = set.keepalive;
-    config.peer_silence_max = set.silence_max;
-    let usual = Deadlines::default();
-    // A guest that may stand still for long must not be given up in the middle of it.
-    config.deadlines = Deadlines { stopped: usual.stopped.max(downtime_max * 2), ..usual };
-}
-
-async fn carry_out(agent: Arc<Agent>, id: u64, prepared: Prepared, config: SourceConfig, cancel: Cancel) {
-    let Prepared { plan, host, claim, pages, description } = prepared;
-    let vm = Arc::clone(claim.vm());
-    vm.on_lost(Some(cancel.clone()));
-    let sending = Sending { agent: Arc::clone(&agent), vm: Arc::clone(&vm), pages, began: vm.cpu_seconds(), used: 0.0 };
-    let options = SourceOptions {
-        destination: host.address.clone(),
-        expected: host.id,
-        key: agent.key.clone(),
-        trusted: agent.hosts.trusted(),
-        config,
-        lanes: LaneSettings { bandwidth_bytes_per_s: plan.bandwidth, ..LaneSettings::default() },
-        in_doubt: false,
-    };
-    let (progress, seen) = watch::channel(Progress::new(description.memory.bytes()));
-    let showing = tokio::spawn(show(Arc::clone(&agent), id, seen));
-    let (outcome, report) = run_source(options, Box::new(sending), cancel, progress).await;
-    // The last progress has been sent by now, and the sender is gone.
-    let _ = showing.await;
-    let ending = ending(&outcome, report);
-    tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
-    let finishing = Arc::clone(&agent);
-    let finish = move || {
-        match outcome {
-            SourceOutcome::Committed => {
-                vm.end_within(LEAVE_MAX);
-                finishing.vms.remove(vm.id);
-            }
-            SourceOutcome::InDoubt { .. } => vm.set_state(VmState::Paused),
-            SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => {}
-        }
-        drop(claim);
-    };
-    // A VMM that takes long to end must not hold up the threads that answer others.
-    let _ = tokio::task::spawn_blocking(finish).await;
-    agent.jobs.end(id, ending);
-}
-
-/// Keeps the job up to date with the migration's progress.
-async fn show(agent: Arc<Agent>, id: u64, mut seen: watch::Receiver<Progress>) {
-    loop {
-        let (progress, state, doubt) = {
-            let progress = seen.borrow_and_update();
-            (job_progress(&progress), progress.state, progress.doubt.clone())
-        };
-        agent.jobs.progress(id, progress);
-        if state == SourceState::InDoubt {
-            agent.jobs.update(id, |info| {
-                info.state = JobState::InDoubt;
-                info.words = doubt.unwrap_or_else(|| "the destination's answer is missing; it is asked again and again".into());
-            });
-        }
-        if seen.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-fn job_progress(progress: &Progress) -> JobProgress {
-    JobProgress {
-        phase: progress.state.to_string(),
-        round: progress.round,
-        bytes_remaining: progress.pages_remaining.saturating_mul(PAGE_BYTES),
-        memory_bytes: progress.memory_bytes,
-        bytes_on_wire: progress.bytes_on_wire,
-        rate_bytes_per_s: progress.rate_bytes_per_s,
-        dirty_bytes_per_s: progress.dirty_rate_pages_per_s.saturating_mul(PAGE_BYTES),
-        estimate_ms: progress.estimate_ms,
-    }
-}
-
-fn ending(outcome: &SourceOutcome, report: Report) -> Ending {
-    let (state, words) = match outcome {
-        SourceOutcome::Committed => (JobState::Done, String::new()),
-        SourceOutcome::Refused(refusal) => (JobState::Refused, refusal.words()),
-        SourceOutcome::Aborted { words, guest_runs: true, by: Side::Destination, .. } => {
-            (JobState::Aborted, format!("the destination gave up: {words}"))
-        }
-        SourceOutcome::Aborted { words, guest_runs: true, .. } => (JobState::Aborted, words.clone()),
-        SourceOutcome::Aborted { words, .. } => {
-            (JobState::Aborted, format!("{words}; and the guest could NOT be resumed: look after its VMM on this host"))
-        }
-        SourceOutcome::InDoubt { words } => (JobState::InDoubt, words.clone()),
-    };
-    Ending { state, words, code: report.code.clone(), report: Some(report) }
+    Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)) })
 }
 
 /// The source's host: the guest's VMM behind the plug, and the journal.
-struct Sending {
+pub(crate) struct Sending {
     agent: Arc<Agent>,
     vm: Arc<Vm>,
     pages: Arc<GuestPages>,
@@ -284,6 +180,11 @@ pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
 }
 
 impl Sending {
+    pub(crate) fn new(agent: &Arc<Agent>, vm: &Arc<Vm>, pages: &Arc<GuestPages>) -> Sending {
+        let (agent, vm, pages) = (Arc::clone(agent), Arc::clone(vm), Arc::clone(pages));
+        Sending { began: vm.cpu_seconds(), agent, vm, pages, used: 0.0 }
+    }
+
     fn connection(&self) -> Result<Arc<limosa_plug::PlugConnection>, HostError> {
         self.vm.connection_within(Duration::ZERO).map_err(HostError::new)
     }

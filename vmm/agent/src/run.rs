@@ -5,11 +5,10 @@ use crate::agent::Agent;
 use crate::api::{ApiError, Direction};
 use crate::config::Config;
 use crate::incoming::Reception;
-use crate::{serve, settle, vms};
-use limosa_link::sessions::Sessions;
-use limosa_link::{Cancel, Listener, ListenerSettings};
+use crate::{links, serve, settle, vms};
+use limosa_link::Cancel;
 use limosa_plug::PlugListener;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -48,8 +47,7 @@ async fn live(agent: &Arc<Agent>) -> Result<(), ApiError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed("SIGTERM".into(), e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed("SIGINT".into(), e))?;
     let stop = Cancel::new();
-    let sessions = Sessions::new(Arc::new(Reception(Arc::clone(agent))), agent.config.migration.incoming_max);
-    listen(agent, &sessions, &stop)?;
+    let sessions = links::listen(agent, Arc::new(Reception(Arc::clone(agent))), &stop)?;
     settle::begin(agent);
     tokio::spawn(serve::serve(Arc::clone(agent), api));
     tracing::info!(name = agent.config.name, id = %agent.key.id(), "the agent runs");
@@ -75,25 +73,6 @@ async fn live(agent: &Arc<Agent>) -> Result<(), ApiError> {
     };
     if tokio::time::timeout(STOP_MAX, ended).await.is_err() {
         tracing::warn!("a migration did not end in time; the journal settles it at the next start");
-    }
-    Ok(())
-}
-
-fn listen(agent: &Arc<Agent>, sessions: &Sessions, stop: &Cancel) -> Result<(), ApiError> {
-    let set = &agent.config.migration;
-    let allow = Arc::new(RwLock::new(agent.config.allow.clone()));
-    if agent.config.allow.networks().is_empty() {
-        tracing::warn!("the allow-list is empty: no host can send a guest here");
-    }
-    for address in &agent.config.listen {
-        let settings = ListenerSettings {
-            plaintext_lanes: set.plaintext_lanes,
-            peer_silence_max: set.silence_max,
-            ..ListenerSettings::default()
-        };
-        let listener = Listener::bind(*address, settings, agent.key.clone(), agent.hosts.trusted(), Arc::clone(&allow));
-        let listener = listener.map_err(|e| ApiError::refused("listen", format!("agent.listen: {address}: {e}")))?;
-        tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
     }
     Ok(())
 }

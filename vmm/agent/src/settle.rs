@@ -11,6 +11,8 @@ use crate::jobs::{Ending, unix_ms};
 use crate::outgoing::resume;
 use crate::process::birth;
 use crate::vm::Vm;
+use limosa_link::driver::VerdictError;
+use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
 use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
@@ -117,9 +119,18 @@ async fn verdict_of(agent: &Agent, released: &JournalRecord) -> Result<VerdictAn
     let host = agent.hosts.with_id(released.peer);
     let host =
         host.ok_or_else(|| format!("the destination {} is not trusted here any more: `limosa host trust` it", released.peer))?;
-    let silence = agent.config.migration.silence_max;
-    let link = TcpLink::new(host.address, host.id, agent.key.clone(), agent.hosts.trusted(), silence);
-    ask_verdict(&link, released.migration, released.generation, true).await.map_err(|e| e.to_string())
+    let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
+    let (migration, generation) = (released.migration, released.generation);
+    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence);
+    let asked = ask_verdict(&link, migration, generation, true).await;
+    // The guest may have left by QUIC because TCP is blocked.
+    if matches!(asked, Err(VerdictError::Connect(_))) && agent.config.quic.enabled {
+        let link = QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings);
+        if let Ok(answer) = ask_verdict(&link, migration, generation, true).await {
+            return Ok(answer);
+        }
+    }
+    asked.map_err(|e| e.to_string())
 }
 
 fn ending(state: JobState, words: &str) -> Ending {

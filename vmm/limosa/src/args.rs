@@ -112,6 +112,8 @@ pub(crate) enum VmCommand {
 pub(crate) enum HostCommand {
     /// Show this host's name and id
     Id,
+    /// Show this host's addresses, links and RDMA devices
+    Show,
     /// Trust a host
     Trust {
         /// What to call it here
@@ -155,15 +157,24 @@ pub(crate) struct MigrateArgs {
     /// The destination, as `limosa host list` names it
     #[arg(long, value_name = "HOST")]
     pub(crate) to: String,
+    /// What carries the guest's memory; auto takes the best that both hosts have [default: the agent's]
+    #[arg(long, value_enum)]
+    pub(crate) link: Option<LinkKind>,
     /// Connections for guest memory [default: the agent's]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) lanes: Option<u16>,
-    /// Send guest memory in plain text; the destination must allow it too
+    /// Send guest memory in plain text over TCP; the destination must allow it too
     #[arg(long, overrides_with = "no_plaintext")]
     pub(crate) plaintext: bool,
-    /// Encrypt guest memory although the agent's configuration does not
+    /// Encrypt guest memory whatever the configuration says, on a trusted fabric too: no RDMA
     #[arg(long, overrides_with = "plaintext")]
     pub(crate) no_plaintext: bool,
+    /// Check pages by a keyed hash where the link does not encrypt (RDMA)
+    #[arg(long, overrides_with = "no_page_check")]
+    pub(crate) page_check: bool,
+    /// Do not, unless the destination demands it
+    #[arg(long, overrides_with = "page_check")]
+    pub(crate) no_page_check: bool,
     /// The pause to aim at, such as 50ms
     #[arg(long, value_parser = parse_duration)]
     pub(crate) downtime: Option<Duration>,
@@ -186,13 +197,28 @@ pub(crate) struct MigrateArgs {
 /// Which link carries the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LinkKind {
+    Auto,
     Tcp,
+    Quic,
+    Rdma,
+}
+
+impl LinkKind {
+    /// As the agent calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            LinkKind::Auto => "auto",
+            LinkKind::Tcp => "tcp",
+            LinkKind::Quic => "quic",
+            LinkKind::Rdma => "rdma",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DemoArgs {
     /// What carries the guest's memory
-    #[arg(long, value_enum, default_value = "tcp")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub(crate) link: LinkKind,
     /// Connections for guest memory
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16))]
@@ -294,6 +320,12 @@ mod tests {
         assert_eq!((args.vm.as_str(), args.to.as_str(), args.lanes, args.plaintext), ("web", "beta", Some(4), true));
         assert_eq!((args.downtime, args.downtime_max), (Some(Duration::from_millis(50)), Some(Duration::from_secs(2))));
         assert_eq!(args.bandwidth, Some(500 << 20));
+        assert_eq!((args.link, args.page_check, args.no_page_check), (None, false, false));
+        let Command::Migrate(args) = parse("migrate web --to beta --link quic --page-check --no-page-check").unwrap().command
+        else {
+            unreachable!()
+        };
+        assert_eq!((args.link, args.page_check, args.no_page_check), (Some(LinkKind::Quic), false, true));
         let Command::Migrate(args) = parse("migrate web --to beta --plaintext --no-plaintext").unwrap().command else {
             unreachable!()
         };
@@ -305,6 +337,7 @@ mod tests {
         for line in [
             "migrate web",
             "migrate web --to b --lanes 17",
+            "migrate web --to b --link pigeon",
             "migrate web --to b --downtime soon",
             "vmm",
             "vmm --incoming",

@@ -3,7 +3,7 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_agent::api::{ApiError, JobInfo, JobState};
-use limosa_proto::report::Report;
+use limosa_proto::report::{LinkTried, Report};
 use serde::Serialize;
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -136,24 +136,13 @@ pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
         ("memory".into(), bytes(report.memory_bytes)),
         ("on the wire".into(), format!("{} at {}/s", bytes(report.bytes_on_wire), bytes(report.goodput_bytes_per_s as u64))),
         ("zero pages".into(), report.zero_pages.to_string()),
-        (
-            "link".into(),
-            format!(
-                "{}, {} lane{}, {}",
-                report.link,
-                report.lanes,
-                if report.lanes == 1 { "" } else { "s" },
-                if report.encrypted { "encrypted (TLS 1.3)" } else { "PLAIN TEXT" }
-            ),
-        ),
-        (
-            "CPU".into(),
-            format!(
-                "source {:.2} s, destination {:.2} s, {:.2} s a GiB",
-                report.cpu_seconds.source, report.cpu_seconds.destination, report.cpu_seconds_per_gib
-            ),
-        ),
     ]);
+    rows.extend(link_rows(report));
+    let cpu = &report.cpu_seconds;
+    rows.push((
+        "CPU".into(),
+        format!("source {:.2} s, destination {:.2} s, {:.2} s a GiB", cpu.source, cpu.destination, report.cpu_seconds_per_gib),
+    ));
     let first = |words: &&String| words.starts_with("round 0 ");
     let shown: Vec<&String> = report.announcements.iter().filter(first).collect();
     for (index, words) in shown.iter().enumerate() {
@@ -163,6 +152,44 @@ pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
         rows.push((String::new(), format!("and {more} more in the rounds after it")));
     }
     rows
+}
+
+/// Which link it was, why, and what else was looked at.
+fn link_rows(report: &Report) -> Vec<(String, String)> {
+    let plural = if report.lanes == 1 { "" } else { "s" };
+    let protection = match (report.encrypted, report.link.as_str()) {
+        (true, _) => "encrypted (TLS 1.3)",
+        (false, "rdma") => "NOT ENCRYPTED, within a trusted fabric",
+        (false, _) => "PLAIN TEXT",
+    };
+    let mut rows = vec![("link".into(), format!("{}, {} lane{plural}, {protection}", report.link, report.lanes))];
+    if !report.link_reason.is_empty() {
+        rows.push(("  why".into(), report.link_reason.clone()));
+    }
+    // The one that was taken has its reason above, and few hosts have RDMA: it is told where it was near.
+    let near = |one: &&LinkTried| one.link != report.link && !(one.link == "rdma" && one.words.contains("not on this host"));
+    for one in report.links_tried.iter().filter(near) {
+        rows.push(("  beside it".into(), tried(one)));
+    }
+    match report.page_check {
+        Some(true) => {
+            rows.push(("page check".into(), "every page that arrived has the keyed hash of the one that was sent".into()))
+        }
+        Some(false) => rows.push(("page check".into(), "OFF: what arrived was not compared with what was sent".into())),
+        None => {}
+    }
+    rows
+}
+
+/// What was learnt of a link, in one line.
+pub(crate) fn tried(one: &LinkTried) -> String {
+    let mut measured = Vec::new();
+    measured.extend(one.round_trip_us.map(|us| format!("round trip {us:.0} µs")));
+    // Where links were compared, the words have the figures.
+    let rate = one.probe_bytes_per_s.filter(|_| !one.words.contains("MB/s"));
+    measured.extend(rate.map(|rate| format!("probe {}/s", bytes(rate as u64))));
+    let measured = if measured.is_empty() { String::new() } else { format!(" ({})", measured.join(", ")) };
+    format!("{}: {}{measured}", one.link, one.words)
 }
 
 /// How a job ended, in one line.
@@ -180,6 +207,18 @@ pub(crate) fn ending(job: &JobInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_is_one_line() {
+        let one = LinkTried {
+            link: "quic".into(),
+            words: "in reserve".into(),
+            round_trip_us: Some(99.6),
+            probe_bytes_per_s: Some(2097152.0),
+        };
+        assert_eq!(tried(&one), "quic: in reserve (round trip 100 µs, probe 2.0 MiB/s)");
+        assert_eq!(tried(&LinkTried { round_trip_us: None, probe_bytes_per_s: None, ..one }), "quic: in reserve");
+    }
 
     #[test]
     fn bytes_are_short() {

@@ -12,16 +12,14 @@ pub(crate) fn migrate_request(args: &MigrateArgs) -> Result<MigrateRequest, ApiE
         return Err(ApiError::usage("downtime", "--downtime is longer than --downtime-max"));
     }
     let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    let plaintext = match (args.plaintext, args.no_plaintext) {
-        (true, _) => Some(true),
-        (_, true) => Some(false),
-        _ => None,
-    };
+    let switch = |on: bool, off: bool| if on || off { Some(on) } else { None };
     Ok(MigrateRequest {
         vm: args.vm.clone(),
         to: args.to.clone(),
+        link: args.link.map(|link| link.name().to_owned()),
+        page_check: switch(args.page_check, args.no_page_check),
         lanes: args.lanes,
-        plaintext,
+        plaintext: switch(args.plaintext, args.no_plaintext),
         downtime_target_ms: args.downtime.map(ms),
         downtime_ms_max: args.downtime_max.map(ms),
         on_no_convergence: args.on_no_convergence.clone(),
@@ -32,26 +30,44 @@ pub(crate) fn migrate_request(args: &MigrateArgs) -> Result<MigrateRequest, ApiE
 
 /// The plan, and the command that carries out exactly it.
 pub(crate) fn show(plan: &Plan) {
-    let rows = [
+    let protection = if plan.encrypted { "encrypted" } else { "PLAIN TEXT" };
+    let mut rows = vec![
         ("guest", format!("{} ({}, {})", plan.vm, output::bytes(plan.memory_bytes), plan.vm_id)),
         ("to", format!("{} at {}", plan.to.name, plan.to.address)),
-        ("link", format!("{}, {} lanes, {}", plan.link, plan.lanes, if plan.encrypted { "encrypted" } else { "PLAIN TEXT" })),
+        ("link", format!("{}, {} lanes, {protection}", plan.link, plan.lanes)),
+        ("  why", plan.link_reason.clone()),
+    ];
+    if plan.links.len() > 1 {
+        rows.push(("  in this order", plan.links.join(", ")));
+    }
+    rows.extend(plan.links_tried.iter().map(|one| ("  looked at", output::tried(one))));
+    if plan.link == "rdma" && !plan.page_check {
+        rows.push(("page check", "off, unless the destination demands it".into()));
+    }
+    rows.extend([
         ("downtime", format!("{} ms aimed at, {} ms at most", plan.downtime_target_ms, plan.downtime_ms_max)),
         ("no convergence", plan.on_no_convergence.clone()),
         ("bandwidth", if plan.bandwidth == 0 { "no limit".into() } else { format!("{}/s", output::bytes(plan.bandwidth)) }),
         ("command", command(plan)),
-    ];
-    output::table(&rows.map(|(name, value)| vec![name.to_string(), value]));
+    ]);
+    output::table(&rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect::<Vec<_>>());
 }
 
 /// The command line that says everything of `plan`.
 fn command(plan: &Plan) -> String {
+    let protection = match plan.plaintext {
+        Some(true) => " --plaintext",
+        Some(false) => " --no-plaintext",
+        None => "",
+    };
     format!(
-        "limosa migrate {} --to {} --lanes {} {} --downtime {}ms --downtime-max {}ms --on-no-convergence {} --bandwidth {}",
+        "limosa migrate {} --to {} --link {} --lanes {}{protection} {} --downtime {}ms --downtime-max {}ms \
+         --on-no-convergence {} --bandwidth {}",
         plan.vm,
         plan.to.name,
+        plan.link_wanted,
         plan.lanes,
-        if plan.encrypted { "--no-plaintext" } else { "--plaintext" },
+        if plan.page_check { "--page-check" } else { "--no-page-check" },
         plan.downtime_target_ms,
         plan.downtime_ms_max,
         plan.on_no_convergence,
@@ -88,8 +104,14 @@ mod tests {
             vm_id: String::new(),
             memory_bytes: 1 << 30,
             to,
-            link: "tcp".into(),
+            link_wanted: "quic".into(),
+            link: "quic".into(),
+            link_reason: String::new(),
+            links: vec!["quic".into()],
+            links_tried: Vec::new(),
+            plaintext: Some(false),
             encrypted: true,
+            page_check: false,
             lanes: 2,
             downtime_target_ms: 50,
             downtime_ms_max: 2000,
@@ -98,6 +120,9 @@ mod tests {
         };
         let typed = request(&command(&plan)).unwrap();
         assert_eq!((typed.lanes, typed.plaintext, typed.bandwidth), (Some(2), Some(false), Some(1000)));
+        assert_eq!((typed.link.as_deref(), typed.page_check), (Some("quic"), Some(false)));
+        let typed = request(&command(&Plan { plaintext: None, ..plan })).unwrap();
+        assert_eq!(typed.plaintext, None, "what was left open stays open");
         assert_eq!((typed.downtime_target_ms, typed.downtime_ms_max), (Some(50), Some(2000)));
         assert_eq!(typed.on_no_convergence.as_deref(), Some("abort"));
     }

@@ -25,11 +25,6 @@ const BUFFER_BYTES: usize = 1 << 20;
 const SPARE_MAX: usize = 16;
 /// Pieces of packets that are taken from quinn at once.
 const PIECES: usize = 64;
-const NAP_BYTES: usize = 128 << 10;
-fn nap() -> Duration {
-    static N: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
-    Duration::from_micros(*N.get_or_init(|| std::env::var("NAP").ok().and_then(|x| x.parse().ok()).unwrap_or(100)))
-}
 /// Why a stream ends before its time.
 pub(super) const CUT: VarInt = VarInt::from_u32(1);
 
@@ -205,16 +200,7 @@ impl QuicSender {
     fn send(&mut self, bytes: Bytes) -> io::Result<()> {
         let length = bytes.len() as u64;
         let stream = self.stream.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
-        let mut rest = [bytes];
-        while rest.iter().any(|bytes| !bytes.is_empty()) {
-            let blocked = self.stop.block_on(async {
-                stream.write_chunks(&mut rest).await.map_err(write_error)?;
-                Ok(rest.iter().any(|bytes| !bytes.is_empty()))
-            })?;
-            if blocked {
-                std::thread::sleep(nap());
-            }
-        }
+        self.stop.block_on(async { stream.write_chunk(bytes).await.map_err(write_error) })?;
         self.bytes += length;
         Ok(())
     }
@@ -260,7 +246,6 @@ impl LaneSender for QuicSender {
 
     fn finish(&mut self) -> io::Result<()> {
         if let Some(stream) = self.stream.take() {
-            let _entered = self.stop.handle.enter();
             self.stop.handle.spawn(linger(stream));
         }
         Ok(())
@@ -319,9 +304,6 @@ impl QuicReceiver {
                 return Ok(piece);
             }
             let (stream, pieces) = (&mut self.stream, &mut self.pieces);
-            if self.arrived < PIECES / 2 && most >= NAP_BYTES {
-                std::thread::sleep(nap());
-            }
             let read = self.stop.block_on(async { stream.read_chunks(pieces).await.map_err(read_error) })?;
             (self.next, self.arrived) = (0, read.ok_or(io::ErrorKind::UnexpectedEof)?);
         }

@@ -56,15 +56,15 @@ impl std::str::FromStr for Congestion {
 /// Settings of the QUIC link. What is out of range is taken as the nearest that is not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuicSettings {
-    /// Connections over which a source spreads its lanes, 1 to 16; each has a socket and a task of its own. Control is on
-    /// the first.
+    /// Connections over which a source spreads its lanes, 1 to 16; control is on the first. Each is one task, which is about
+    /// one core, with a socket of its own.
     pub connections: u16,
     /// How long a source tries to get an answer, over all addresses of the destination together.
     pub connect_max: Duration,
     /// The address that a source speaks from; the system's choice where none is given, and then packets follow the routes.
     pub source_address: Option<IpAddr>,
     /// Largest UDP payload in bytes, 1200 to 16000, up to which a source seeks what the path carries. What the kernel
-    /// knows about the route bounds it further.
+    /// knows about the route bounds it further, mostly the MTU of the interface. Nothing makes QUIC faster than large packets.
     pub mtu_max: u16,
     /// The UDP payload in bytes that the path is known to carry, where it is: used from the first packet on and never
     /// doubted. A path that carries less is then not usable. Loopback is always known.
@@ -87,10 +87,10 @@ pub struct QuicSettings {
 impl Default for QuicSettings {
     fn default() -> QuicSettings {
         QuicSettings {
-            connections: 1,
+            connections: 2,
             connect_max: Duration::from_secs(2),
             source_address: None,
-            mtu_max: 8952,
+            mtu_max: MTU_MAX,
             mtu_known: None,
             lane_window_bytes: 8 << 20,
             send_window_bytes: None,

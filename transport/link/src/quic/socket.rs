@@ -20,6 +20,8 @@ const BATCH_BYTES_MAX: usize = 65_507;
 const RECEIVED_BATCH_BYTES_MAX: usize = 65_535;
 /// IPv4 and UDP headers before a payload.
 const HEADERS_BYTES: i32 = 28;
+/// UDP payload of a frame of 9000 bytes over IPv6.
+const JUMBO_BYTES_V6: u16 = 8952;
 /// An interface with this MTU or more is the host's own loopback, whose MTU is beyond doubt.
 const LOOPBACK_MTU: i32 = 65_535;
 
@@ -56,8 +58,8 @@ fn buffers(socket: &socket2::Socket, bytes: usize) {
     }
 }
 
-/// The UDP payload that the kernel's route to `to` carries, and whether that is beyond doubt. Sends nothing. IPv4 only: for
-/// IPv6 the kernel's answer is not asked for and the path is searched.
+/// The UDP payload that the kernel's route to `to` carries, and whether that is beyond doubt. Sends nothing. For IPv6 the
+/// kernel's answer cannot be had without unsafe code: a jumbo frame is assumed to be the most, and the path is searched.
 pub(super) fn route_mtu(to: SocketAddr) -> (Option<u16>, bool) {
     use nix::sys::socket::{getsockopt, sockopt};
     let mtu = || {
@@ -66,7 +68,7 @@ pub(super) fn route_mtu(to: SocketAddr) -> (Option<u16>, bool) {
         getsockopt(&socket, sockopt::IpMtu).ok()
     };
     if !to.is_ipv4() {
-        return (None, to.ip().is_loopback());
+        return if to.ip().is_loopback() { (None, true) } else { (Some(JUMBO_BYTES_V6), false) };
     }
     match mtu() {
         Some(mtu) => (u16::try_from(mtu - HEADERS_BYTES).ok(), mtu >= LOOPBACK_MTU),
@@ -235,7 +237,7 @@ mod tests {
         }
         // Another packet behind it, which could belong to a connection.
         assert!(!is_first(&[good.clone(), vec![0x40; 30]].concat()));
-        for (at, wrong) in [(0, 0x43), (0, 0xe3), (0, 0xd3), (0, 0xf3), (4, 2), (13, 0xff)] {
+        for (at, wrong) in [(0, 0x43), (0, 0xe3), (0, 0xd3), (0, 0xf3), (4, 2), (5, 0xff), (14, 0xff)] {
             let mut bad = good.clone();
             *bad.get_mut(at).unwrap() = wrong;
             assert!(!is_first(&bad), "byte {at} as {wrong:#x}");

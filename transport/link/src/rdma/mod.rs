@@ -26,6 +26,7 @@ pub use here::{addresses, devices};
 pub use limosa_verbs::DeviceReport as DeviceInfo;
 /// What of the devices this process holds, and has ever made.
 pub use limosa_verbs::counters;
+pub use limosa_verbs::{GidKind, GidReport, LinkLayer, PortReport, PortState};
 pub use work::{RdmaRegistered, RdmaWork};
 
 use limosa_proto::allow::AllowList;

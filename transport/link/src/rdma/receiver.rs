@@ -5,18 +5,22 @@ use super::buffers::Buffers;
 use super::check::{HASH_BYTES, PAGE};
 use super::fabric::Migration;
 use super::message::{Kind, Seal};
-use super::{LOOK_AROUND, completed, posted, waited};
+use super::{LOOK_AROUND, posted, waited};
 use crate::lanes::{LaneCloser, LaneReceiver};
 use crate::pages::Pages;
 use crate::sessions::emit_lane_answer;
 use limosa_proto::memory::PageRange;
 use limosa_proto::wire::frame::{LANE_HEADER_BYTES, LaneFrameKind, LaneHeader, parse_runs};
-use limosa_verbs::{Completion, Payload, QueuePair, Receive, Send, Verb, WaitError};
+use limosa_verbs::{Completion, Payload, QueuePair, Receive, Send, Status, Verb, WaitError};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// How long a lane whose queue pair broke keeps that to itself: the source's device alone was told why, so its words come first.
+const SOURCE_FIRST: Duration = Duration::from_millis(600);
+/// How often it looks meanwhile whether somebody ends it.
+const NAP: Duration = Duration::from_millis(20);
 /// How long a refusal may take to leave before the queue pair goes.
 const FAREWELL: Duration = Duration::from_millis(200);
 /// What a peer that has gone means here.
@@ -83,10 +87,16 @@ impl RdmaReceiver {
         match self.pair.wait(timeout) {
             Ok(done) => self.done.extend_from_slice(done),
             Err(WaitError::TimedOut(_)) => {}
+            Err(WaitError::Disconnected) => return Err(self.broken()),
             Err(error) => return Err(waited(error, GONE)),
         }
-        for completion in self.done.drain(..) {
-            completion.ok().map_err(|error| completed(error, GONE))?;
+        let mut done = std::mem::take(&mut self.done);
+        for completion in done.drain(..) {
+            match completion.ok() {
+                Ok(()) => {}
+                Err(error) if error.status == Status::Flushed => return Err(self.broken()),
+                Err(error) => return Err(io::Error::other(error)),
+            }
             let slot = u32::try_from(completion.id).unwrap_or(u32::MAX);
             match completion.verb {
                 Verb::Receive => self.arrived.push_back((slot, completion.bytes)),
@@ -96,7 +106,26 @@ impl RdmaReceiver {
                 }
             }
         }
+        self.done = done;
         Ok(())
+    }
+
+    /// Gives the source time to say why the queue pair broke, or ended, before it was to.
+    fn broken(&mut self) -> io::Error {
+        let patience = Instant::now() + SOURCE_FIRST;
+        while Instant::now() < patience {
+            match self.pair.wait(NAP) {
+                Err(WaitError::Closed) => return waited(WaitError::Closed, GONE),
+                // A wait for what has ended ends at once.
+                Err(_) => std::thread::sleep(NAP),
+                Ok(_) => {}
+            }
+        }
+        let ended = self.pair.wait(Duration::ZERO).err().unwrap_or(WaitError::TimedOut(Duration::ZERO));
+        match ended {
+            WaitError::TimedOut(_) => io::Error::other("its queue pair broke, and only the source's device was told why"),
+            error => waited(error, GONE),
+        }
     }
 
     /// Sends a message to the source.

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 /// What is planned leaves after this time even if it is little: a slow guest or a bandwidth cap must not hold it back.
 const PLAN_AGE_MAX: Duration = Duration::from_millis(200);
+/// A round's first batch is so much smaller than a full one; each is twice the one before.
+const BATCH_FIRST: u64 = 8;
 /// Messages in one list at most.
 const LIST_MESSAGES_MAX: u32 = 4;
 /// How long the last message may take to arrive.
@@ -80,6 +82,8 @@ pub(super) struct Parts {
 pub(super) struct RdmaSender {
     parts: Parts,
     batch_bytes: u64,
+    /// The batch that is planned now: a round begins with small ones, so that the device does not wait for the first.
+    batch_now: u64,
     window_bytes: u64,
     list_max: usize,
     list: Vec<Planned>,
@@ -114,6 +118,7 @@ impl RdmaSender {
         RdmaSender {
             parts,
             batch_bytes: settings.batch_bytes.max(PAGE_BYTES),
+            batch_now: settings.batch_bytes / BATCH_FIRST,
             window_bytes: settings.window_bytes.max(settings.batch_bytes),
             // So that a list can be planned while others are under way.
             list_max: depth / 4,
@@ -284,7 +289,7 @@ impl RdmaSender {
     /// Posts what is planned if it is much, or old.
     fn post_if_due(&mut self) -> io::Result<()> {
         let old = self.since.is_some_and(|since| since.elapsed() >= PLAN_AGE_MAX);
-        if self.list_bytes >= self.batch_bytes || self.list.len() >= self.list_max || old { self.post() } else { Ok(()) }
+        if self.list_bytes >= self.batch_now || self.list.len() >= self.list_max || old { self.post() } else { Ok(()) }
     }
 
     /// Posts all that is planned.
@@ -292,6 +297,7 @@ impl RdmaSender {
         self.close_message()?;
         self.post_list()?;
         self.since = None;
+        self.batch_now = self.batch_now.saturating_mul(2).min(self.batch_bytes);
         Ok(())
     }
 
@@ -362,6 +368,7 @@ impl LaneSender for RdmaSender {
         while self.passed < self.round {
             self.collect()?;
         }
+        self.batch_now = self.batch_bytes / BATCH_FIRST;
         Ok(())
     }
 

@@ -54,15 +54,19 @@ async fn carry(front: Arc<UdpSocket>, to: SocketAddr, carrier: Carrier) {
     loop {
         // A port that nobody listens on any more shows as an error of an earlier datagram.
         let Ok((got, from)) = front.recv_from(&mut buffer).await else { continue };
-        if !flows.contains_key(&from) {
-            let Some(admitted) = carrier.admit() else { continue };
-            let back = socket().await.unwrap();
-            back.connect(to).await.unwrap();
-            let flow = Arc::new(Flow { back, carrier: carrier.clone(), admitted, dead: AtomicBool::new(false) });
-            flows.insert(from, flow.clone());
-            answering.spawn(answer(front.clone(), from, flow));
-        }
-        let flow = &flows[&from];
+        let known = flows.get(&from).cloned();
+        let flow = match known {
+            Some(flow) => flow,
+            None => {
+                let Some(admitted) = carrier.admit() else { continue };
+                let back = socket().await.unwrap();
+                back.connect(to).await.unwrap();
+                let flow = Arc::new(Flow { back, carrier: carrier.clone(), admitted, dead: AtomicBool::new(false) });
+                flows.insert(from, flow.clone());
+                answering.spawn(answer(front.clone(), from, flow.clone()));
+                flow
+            }
+        };
         if flow.passes(Direction::ToDestination, &buffer[..got]) {
             let _ = flow.back.send(&buffer[..got]).await;
         }

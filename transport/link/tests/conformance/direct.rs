@@ -1,7 +1,7 @@
 //! A fourth kind of link in one file: lanes that write straight into the destination's memory by keys, as RDMA does, with a
 //! device that is a table in this process. It shows what such a link has to do; its speed means nothing.
 
-use crate::subject::{Subject, Wire};
+use crate::subject::{NotApplicable, Subject, Wire};
 use crate::toy::{Sender, Toy, ToySettings};
 use crate::wire::{Carrier, StreamWire};
 use limosa_link::pair::PairLink;
@@ -96,10 +96,10 @@ impl Device {
         };
         let mut bytes = bytes.to_vec();
         let first = range.first + offset / PAGE_BYTES;
-        if let Some(at) = flips.and_then(|page| page.checked_sub(first)) {
-            if let Some(byte) = bytes.get_mut((at * PAGE_BYTES) as usize + 77) {
-                *byte ^= 4;
-            }
+        if let Some(at) = flips.and_then(|page| page.checked_sub(first))
+            && let Some(byte) = bytes.get_mut((at * PAGE_BYTES) as usize + 77)
+        {
+            *byte ^= 4;
         }
         pages.write(range, offset, &bytes);
         Ok(())
@@ -405,7 +405,7 @@ impl Subject for Direct {
     const CONTROL_ENCRYPTED: bool = false;
     const LANES_KNOW_PEER: bool = true;
     const DIRECT: bool = true;
-    const UNDER_WAY_MAX: u64 = 1 << 20;
+    const UNDER_WAY_MAX: Result<u64, NotApplicable> = Ok(1 << 20);
 
     async fn start(mut settings: ToySettings) -> Self {
         let device = Device::default();

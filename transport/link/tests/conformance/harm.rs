@@ -76,7 +76,7 @@ async fn cut_everywhere<S: Subject>(streams: &[(Stream, Direction, u64)]) {
     let (outcome, _) = trial.migrate_over(wire.link()).await;
     trial.assert_moved(&outcome);
     trial.settle().await;
-    let (gate, mut cuts) = (Arc::new(Semaphore::new(AT_ONCE)), JoinSet::new());
+    let (gate, mut cuts) = (Arc::new(Semaphore::new(AT_ONCE / S::SLOWNESS as usize)), JoinSet::new());
     for (stream, direction, count) in streams {
         if let Err(reason) = wire.cut_after(*stream, *direction, u64::MAX) {
             not_applicable::<S>(&format!("a cut of {stream:?}"), reason);

@@ -26,6 +26,8 @@ mod direct;
 mod keys;
 mod pair;
 mod quic;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod tcp;
 
 /// Makes a module of tests, one for each check, of a kind of link.
@@ -64,3 +66,5 @@ conformance!(tcp_plaintext: crate::tcp::Tcp<true>);
 conformance!(quic_streams: crate::quic::Quic);
 conformance!(in_process: crate::pair::Pair);
 conformance!(by_keys: crate::direct::Direct);
+#[cfg(feature = "rdma")]
+conformance!(rdma_pairs: crate::rdma::Rdma);

@@ -1,6 +1,6 @@
 //! The in-process link under test: UNIX socket pairs, no encryption, the peer known without asking.
 
-use crate::subject::{Subject, Wire};
+use crate::subject::{NotApplicable, Subject, Wire};
 use crate::toy::{Sender, Toy, ToySettings};
 use crate::wire::{Carrier, StreamWire};
 use limosa_link::Link;
@@ -23,7 +23,7 @@ impl Subject for Pair {
     const ENCRYPTED: bool = false;
     const CONTROL_ENCRYPTED: bool = false;
     const LANES_KNOW_PEER: bool = true;
-    const UNDER_WAY_MAX: u64 = 1 << 20;
+    const UNDER_WAY_MAX: Result<u64, NotApplicable> = Ok(1 << 20);
 
     async fn start(settings: ToySettings) -> Self {
         Pair { toy: Toy::start(settings).await }

@@ -52,7 +52,8 @@ async fn talk(
         tokio::select! {
             received = control.receive() => match received {
                 Ok((_, Message::Keys(given))) => keys.insert(&given.keys).unwrap(),
-                Ok((_, Message::Keepalive { .. } | Message::KeepaliveAck { .. })) => {}
+                Ok((_, Message::Keepalive { nonce })) => control.send(name.0, name.1, &Message::KeepaliveAck { nonce }).unwrap(),
+                Ok((_, Message::KeepaliveAck { .. })) => {}
                 Ok((_, message)) => drop(into.send(Ok(message))),
                 Err(error) => {
                     let _ = into.send(Err(error.to_string()));

@@ -73,8 +73,10 @@ pub trait Subject: Send + Sync + Sized + 'static {
     const LANES_KNOW_PEER: bool;
     /// Whether pages are written into the destination's memory by keys.
     const DIRECT: bool = false;
-    /// Bytes that may be under way at most while the destination takes none.
-    const UNDER_WAY_MAX: u64;
+    /// By how much slower than this machine the machines are on which it can be tested.
+    const SLOWNESS: u32 = 1;
+    /// Bytes that may be under way on one lane at most while the destination's thread takes none; or why that cannot be.
+    const UNDER_WAY_MAX: Result<u64, NotApplicable>;
 
     /// Why it cannot be tested on this machine, if so.
     fn missing() -> Option<String> {
@@ -123,9 +125,10 @@ impl Default for Plan {
     }
 }
 
-/// Silence that a hasty trial bears, and its keepalive.
-pub const SILENCE: Duration = Duration::from_millis(2000);
-pub const KEEPALIVE: Duration = Duration::from_millis(250);
+/// Silence that a hasty trial bears; there are eight keepalives in it.
+pub fn silence<S: Subject>() -> Duration {
+    Duration::from_secs(2) * S::SLOWNESS
+}
 
 /// One destination of a kind of link, one source, one guest.
 pub struct Trial<S: Subject> {
@@ -137,8 +140,8 @@ impl<S: Subject> Trial<S> {
     pub async fn new(plan: Plan) -> Trial<S> {
         let Plan { memory, pause_between, mut settings, hasty } = plan;
         if hasty {
-            settings.listener.peer_silence_max = SILENCE;
-            settings.tune = Arc::new(|config| (config.keepalive, config.peer_silence_max) = (KEEPALIVE, SILENCE));
+            settings.listener.peer_silence_max = silence::<S>();
+            settings.tune = Arc::new(|config| (config.keepalive, config.peer_silence_max) = (silence::<S>() / 8, silence::<S>()));
         }
         let subject = S::start(settings).await;
         let mut sender = Sender::new(Guest::start(memory, pause_between));
@@ -147,7 +150,7 @@ impl<S: Subject> Trial<S> {
         sender.tune = Box::new(move |config| {
             config.deadlines.retry = Duration::from_millis(100);
             if hasty {
-                (config.keepalive, config.peer_silence_max) = (KEEPALIVE, SILENCE);
+                (config.keepalive, config.peer_silence_max) = (silence::<S>() / 8, silence::<S>());
             }
         });
         sender.befriend(subject.toy());

@@ -8,17 +8,22 @@ use limosa_agent::api::{Answer, JobInfo, JobState, Request};
 pub(crate) fn run(context: &Context, args: &MigrateArgs) -> Ended {
     let request = plan::migrate_request(args)?;
     let mut progress = output::Progress::new(context.json);
-    let mut told = false;
+    let (mut told, mut words) = (false, String::new());
     let answer = context.ask_with(&Request::Migrate(request), |job| {
         if !told && !context.json {
             output::note(format!("job {0}: if this command ends, the migration goes on; `limosa cancel {0}` stops it", job.id));
             told = true;
         }
+        // Which link is tried now, and what became of the one before.
+        if job.words != words && !context.json {
+            words.clone_from(&job.words);
+            output::note(&words);
+        }
         progress.show(job);
     });
     progress.done();
     match answer? {
-        Answer::Plan(plan) if context.json => output::json(&plan),
+        Answer::Plan(plan) if context.json => output::json(&*plan),
         Answer::Plan(plan) => plan::show(&plan),
         Answer::Job(job) => return Ok(show(context, &job)),
         other => return Err(strange(&other)),

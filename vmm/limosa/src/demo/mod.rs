@@ -5,7 +5,7 @@ mod guest;
 mod lab;
 mod pinger;
 
-use crate::args::DemoArgs;
+use crate::args::{DemoArgs, LinkKind};
 use crate::commands::{Context, Ended, migrate, strange};
 use crate::output;
 use guest::{Guest, Heartbeat};
@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 const BOOT_MAX: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(30));
 /// How long its own check may take after the move.
 const CHECK_MAX: Duration = Duration::from_secs(30);
+
+/// Longest value of the table in characters; longer ones take several lines.
+const WIDTH_MAX: usize = 100;
 
 /// What the demo found, beside the migration's own report.
 struct Findings {
@@ -37,6 +40,11 @@ pub(crate) fn run(context: &Context, args: &DemoArgs) -> Ended {
     }
     if args.memory < guest::MEMORY_MIN || !args.memory.is_multiple_of(4096) {
         return Err(ApiError::usage("memory", "--memory should be at least 32M and a multiple of 4 KiB"));
+    }
+    if args.link == LinkKind::Rdma {
+        let words = "the demo's two hosts are network namespaces of this machine, and an RDMA device belongs to one of them only; \
+                     `make lab` boots two machines with one each (soft-RoCE), and there `limosa migrate … --link rdma` works";
+        return Err(ApiError::refused("link-unavailable", words));
     }
     let lab = Lab::new().map_err(failed)?;
     let cleaner = Cleaner { lab: lab.clone(), keep: args.keep };
@@ -133,14 +141,19 @@ fn move_guest(lab: &Lab, args: &DemoArgs, plaintext: bool, quiet: bool) -> Resul
     let request = MigrateRequest {
         vm: guest::NAME.into(),
         to: Host::Beta.name().into(),
+        link: Some(args.link.name().into()),
         lanes: args.lanes,
-        plaintext: Some(plaintext),
+        plaintext: plaintext.then_some(true),
         ..MigrateRequest::default()
     };
-    let mut progress = output::Progress::new(quiet);
+    let (mut progress, mut words) = (output::Progress::new(quiet), String::new());
     let exchange = Exchange::ask(&lab.api(Host::Alpha), &Request::Migrate(request))?;
     let answer = exchange.finish(|response| {
         if let Response::Progress(job) = response {
+            if job.words != words && !quiet {
+                words.clone_from(&job.words);
+                output::note(&words);
+            }
             progress.show(job);
         }
     });
@@ -212,12 +225,32 @@ fn show(context: &Context, found: &Findings) {
         ),
     ];
     rows.extend(found.job.report.iter().flat_map(output::report_rows));
-    let width = rows.iter().map(|(_, value)| value.chars().count()).max().unwrap_or(0).min(100);
+    let width = rows.iter().map(|(_, value)| value.chars().count()).max().unwrap_or(0).min(WIDTH_MAX);
     output::line(format!("┌{}┐", "─".repeat(width + 19)));
     for (name, value) in rows {
-        output::line(format!("│ {name:<15}  {value:<width$} │"));
+        for (index, part) in wrapped(&value, width).into_iter().enumerate() {
+            let name = if index == 0 { name.as_str() } else { "" };
+            output::line(format!("│ {name:<15}  {part:<width$} │"));
+        }
     }
     output::line(format!("└{}┘", "─".repeat(width + 19)));
+}
+
+/// `text` in lines of at most `width` characters, where its spaces allow that.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let Some(last) = lines.last_mut() else { break };
+        if last.is_empty() {
+            last.push_str(word);
+        } else if last.chars().count() + 1 + word.chars().count() <= width {
+            last.push(' ');
+            last.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
 }
 
 /// What this machine lacks for the demo, and what can be done without it.
