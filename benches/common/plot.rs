@@ -59,19 +59,22 @@ fn by_lanes(run: &Run, area: &Area<'_>) -> Result<(), String> {
     let rate = |case: &Case| case.median(Sample::rate).map(|rate| rate / unit.bytes_per_s);
     let top = points.iter().chain(&levels).filter_map(|case| rate(case)).fold(0.0, f64::max) * 1.1;
     let right = u32::try_from(lanes.len()).map_or(1.0, f64::from) - 0.6;
+    // Room for the legend beside the lines, whatever they do.
+    let width = (right.max(0.6) + 0.4) * 1.5 - 0.4;
     let mut chart = ChartBuilder::on(area)
         .caption(&run.title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(55)
-        .build_cartesian_2d(-0.4..right.max(0.6), 0.0..top.max(f64::MIN_POSITIVE))
+        .build_cartesian_2d(-0.4..width, 0.0..top.max(f64::MIN_POSITIVE))
         .map_err(|error| error.to_string())?;
     let label =
         |at: &f64| lanes.iter().find(|of| (position(&lanes, **of) - at).abs() < 0.01).map_or(String::new(), u16::to_string);
     chart
         .configure_mesh()
         .disable_x_mesh()
-        .x_labels(lanes.len() * 5 + 1)
+        .max_light_lines(0)
+        .x_labels(lanes.len() * 8 + 1)
         .x_label_formatter(&label)
         .x_desc(format!("lanes ({} pages)", mix.unwrap_or("all")))
         .y_desc(unit.name)
@@ -91,7 +94,7 @@ fn by_lanes(run: &Run, area: &Area<'_>) -> Result<(), String> {
     }
     for (index, case) in levels.iter().enumerate() {
         let Some(level) = rate(case) else { continue };
-        let style = colour(series.len() + index).stroke_width(1);
+        let style = colour(series.len() + index).stroke_width(2);
         let ends = [(-0.4, level), (right, level)];
         let drawn = DashedLineSeries::new(ends, 6, 4, style);
         chart.draw_series(drawn).map_err(|error| error.to_string())?.label(&case.name).legend(move |(x, y)| legend(x, y, style));
@@ -125,6 +128,7 @@ fn bars(run: &Run, area: &Area<'_>) -> Result<(), String> {
     chart
         .configure_mesh()
         .disable_y_mesh()
+        .max_light_lines(0)
         .y_labels(0)
         .x_desc("total ms, once the destination has its memory")
         .draw()
@@ -135,7 +139,11 @@ fn bars(run: &Run, area: &Area<'_>) -> Result<(), String> {
         let bar = Rectangle::new([(0.0, bottom + 0.15), (*total, bottom + 0.85)], colour(index).mix(0.75).filled());
         chart.draw_series([bar]).map_err(|error| error.to_string())?;
         let downtime = case.median(|sample| sample.downtime_ms).map(|ms| format!(", downtime {ms:.1} ms")).unwrap_or_default();
-        let words = format!("{}: {total:.0} ms{downtime}", case.name);
+        let lanes = match case.lanes {
+            Some(1) | None => String::new(),
+            Some(lanes) => format!(", {lanes} lanes"),
+        };
+        let words = format!("{}{lanes}: {total:.0} ms{downtime}", case.name);
         chart
             .draw_series([Text::new(words, (top * 0.01, bottom + 0.6), ("sans-serif", 14))])
             .map_err(|error| error.to_string())?;

@@ -39,10 +39,13 @@ impl Unit {
     }
 }
 
-/// A column: its heading and what a case has to say there.
+/// What a case has to say in a column.
+type Cell = dyn Fn(&Case) -> Option<String>;
+
+/// A column of the table.
 struct Column {
     heading: String,
-    cell: Box<dyn Fn(&Case) -> Option<String>>,
+    cell: Box<Cell>,
 }
 
 fn column(heading: impl Into<String>, cell: impl Fn(&Case) -> Option<String> + 'static) -> Column {
@@ -156,7 +159,7 @@ fn block(run: &Run, record: &str, plot: &str) -> String {
     text
 }
 
-fn replace_block(page: &str, name: &str, block: &str) -> Option<String> {
+pub(crate) fn replace_block(page: &str, name: &str, block: &str) -> Option<String> {
     let (begin, end) = (format!("<!-- begin {name} -->\n"), format!("<!-- end {name} -->"));
     let (before, rest) = page.split_once(&begin)?;
     let (_, after) = rest.split_once(&end)?;

@@ -9,7 +9,7 @@ pub(crate) fn today() -> String {
 }
 
 /// The date of a day counted from 1970-01-01, in the Gregorian calendar (years that begin in March make leap days simple).
-fn date(days: i64) -> String {
+pub(crate) fn date(days: i64) -> String {
     let days = days + 719_468;
     let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
     let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

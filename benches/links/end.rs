@@ -60,6 +60,9 @@ fn listens(port: u16) -> bool {
     })
 }
 
+/// A link, and of RDMA what its lanes ask of the device.
+type Watched = (Arc<dyn Link>, Option<Arc<RdmaWork>>);
+
 struct End {
     is_source: bool,
     runtime: Runtime,
@@ -202,8 +205,7 @@ impl End {
         Ok(Answer::Filled { sum })
     }
 
-    /// The link, and of RDMA what its lanes ask of the device.
-    fn link(&self, migrate: &Migrate) -> Result<(Arc<dyn Link>, Option<Arc<RdmaWork>>)> {
+    fn link(&self, migrate: &Migrate) -> Result<Watched> {
         let (begin, key) = self.begun.as_ref().context("not begun")?;
         let trusted = TrustedHosts::new([key.id()]);
         let to = migrate.to.to_string();

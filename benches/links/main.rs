@@ -152,7 +152,7 @@ fn measure_all(options: &Options, machines: Option<&Machines>) -> Result<Run> {
 }
 
 /// Each case once; what others can do before and after.
-fn measure_once(path: &mut Path<'_>, planned: &mut Vec<Planned>, skipped: &mut Vec<String>) -> Result<()> {
+fn measure_once(path: &mut Path<'_>, planned: &mut [Planned], skipped: &mut Vec<String>) -> Result<()> {
     let others: Vec<usize> =
         (0..planned.len()).filter(|at| planned.get(*at).is_some_and(|planned| !is_lanes(planned.work))).collect();
     let lanes: Vec<usize> = (0..planned.len()).filter(|at| !others.contains(at)).collect();

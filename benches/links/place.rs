@@ -104,7 +104,8 @@ impl End {
             Answer::Ended { status: Some(0), stdout, spent, .. } => Ok((stdout, spent)),
             Answer::Ended { status, stdout, stderr, .. } => {
                 let how = status.map_or_else(|| format!("did not end within {seconds} s"), |code| format!("ended with {code}"));
-                bail!("at the {} it {how}: {}{}", self.name, stderr.trim(), tail(&stdout))
+                let said = stderr.split_whitespace().collect::<Vec<_>>().join(" ");
+                bail!("at the {} it {how}: {said}{}", self.name, tail(&stdout))
             }
             other => bail!("the {} answered {other:?}", self.name),
         }

@@ -13,8 +13,7 @@ pub(crate) enum Work {
     Quinn {
         tuned: bool,
     },
-    /// `ib_write_bw`, waiting for completions by events or by polling, which takes a processor of its own.
-    IbWriteBw { events: bool },
+    IbWriteBw,
     AsyncRdma,
     Lanes {
         way: Way,
@@ -35,7 +34,7 @@ fn plain(name: String, kind: Kind, work: Work, lanes: Option<u16>) -> Planned {
 }
 
 fn message_words(options: &Options) -> String {
-    let size = if options.message % (1 << 20) == 0 {
+    let size = if options.message.is_multiple_of(1 << 20) {
         format!("{} MiB", options.message >> 20)
     } else {
         format!("{} KiB", options.message >> 10)
@@ -66,8 +65,7 @@ fn others(options: &Options, link: LinkName) -> Vec<Planned> {
         LinkName::Rdma => {
             let words = message_words(options);
             vec![
-                plain(format!("ib_write_bw, events, {words}"), Kind::Ceiling, Work::IbWriteBw { events: true }, Some(1)),
-                plain(format!("ib_write_bw, polling, {words}"), Kind::Ceiling, Work::IbWriteBw { events: false }, Some(1)),
+                plain(format!("ib_write_bw, {words}"), Kind::Ceiling, Work::IbWriteBw, Some(1)),
                 plain(format!("async-rdma 0.5.0, {words}"), Kind::Peer, Work::AsyncRdma, Some(1)),
             ]
         }

@@ -15,6 +15,11 @@ const SHORT: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(300);
 const FOLDER: &str = "/run/limosa-bench";
 
+/// How many MiB of a guest's memory are filled with what is not zero.
+fn filled(memory_mib: u64) -> u64 {
+    memory_mib.saturating_sub(32)
+}
+
 fn ways(lanes: u16) -> Vec<Way> {
     let way = |name, link, plaintext, page_check| Way { name, link, lanes, plaintext, touched: true, page_check };
     vec![
@@ -46,8 +51,7 @@ impl<'a> Station<'a> {
         let line = format!("exec {} agent --config {FOLDER}/agent.toml >{FOLDER}/agent.log 2>&1", limosa_bin()?.display());
         let agent = machine.task(&["sh", "-c", &line]).limit(Duration::from_secs(3 * 3600)).spawn()?;
         let station = Station { machine, _agent: agent };
-        wait_for(SHORT, "the agent's first answer", || Ok(station.ask(&["vm", "list"]).ok()))
-            .with_context(|| station.log())?;
+        wait_for(SHORT, "the agent's first answer", || Ok(station.ask(&["vm", "list"]).ok())).with_context(|| station.log())?;
         Ok(station)
     }
 
@@ -107,7 +111,10 @@ pub(crate) fn measure(options: &Options, run: &mut Run) -> Result<()> {
     let machines = Machines::boot(&Spec { limit_seconds: 3 * 3600, ..Spec::new()? })?;
     run.machines.insert("both hosts".into(), describe(machines.alpha())?);
     run.cases = migrations(options, &machines)?;
-    run.notes.push("`load` is the outer machine's; every guest page but those of its kernel was touched; source and destination are each one machine with one processor".into());
+    run.notes.push(format!(
+        "{} MiB of the guest's memory are filled, the rest is zero; `load` is the outer machine's",
+        filled(options.memory_mib())
+    ));
     run.notes.push("RDMA hardware: not measured".into());
     machines.end()
 }
@@ -117,7 +124,8 @@ fn migrations(options: &Options, machines: &Machines) -> Result<Vec<Case>> {
     alpha.trust(&beta)?;
     beta.trust(&alpha)?;
     let memory = options.memory_mib();
-    let spec = GuestSpec::new("bench", 1).memory(&format!("{memory}M"), &format!("{}M", memory.saturating_sub(64))).dirty("0", "1M");
+    let spec =
+        GuestSpec::new("bench", 1).memory(&format!("{memory}M"), &format!("{}M", memory.saturating_sub(64))).dirty("0", "1M");
     alpha.start_guest(&spec)?;
     let ways = ways(options.lanes);
     let mut cases: Vec<Case> = ways.iter().map(Way::case).collect();

@@ -149,7 +149,10 @@ fn main() -> Result<()> {
     if options.lab {
         lab::measure(&options, &mut run)?;
     } else {
-        run.machines.insert("both hosts".into(), machine::describe("this machine, two network namespaces joined by veths and a bridge", "lo"));
+        run.machines.insert(
+            "both hosts".into(),
+            machine::describe("this machine, two network namespaces joined by veths and a bridge", "lo"),
+        );
         namespaces::measure(&options, &mut run)?;
     }
     print!("{}", render::print(&run));

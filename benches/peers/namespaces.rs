@@ -5,9 +5,9 @@ use crate::common::iperf3;
 use crate::common::record::{Case, Kind, Run, Sample};
 use crate::{Options, Way, sample};
 use anyhow::{Context, Result, ensure};
+use rig::process::Process;
 use rig::qemu::{self, QemuResult, QemuSetup};
 use rig::{AgentConfig, GuestSpec, Lab};
-use rig::process::Process;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -126,7 +126,10 @@ pub(crate) fn measure(options: &Options, run: &mut Run) -> Result<()> {
         }
     }
     run.cases = std::iter::once(path).chain(ours).chain(theirs).collect();
-    run.notes.push("`total ms` begins when the destination has its memory, on both sides: QEMU's is preallocated, ours is populated before".into());
+    run.notes.push(
+        "`total ms` begins when the destination has its memory, on both sides: QEMU's is preallocated, ours is populated before"
+            .into(),
+    );
     run.skipped.push("RDMA: in the lab only (`--lab`); this machine has no device".into());
     Ok(())
 }

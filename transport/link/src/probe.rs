@@ -15,9 +15,10 @@ const PADDING_BYTES_MAX: u64 = 64 << 20;
 const ASKING_MAX: Duration = Duration::from_secs(10);
 /// Round trips that are measured; the fastest counts.
 const ROUND_TRIPS: usize = 5;
-/// Padding of the throughput probe, and when it ends at the latest.
+/// Padding of the throughput probe, when the last of it is sent at the latest, and how long what is under way is waited for then.
 const PADDING_BYTES: u64 = 8 << 20;
 const PADDING_TIME_MAX: Duration = Duration::from_millis(300);
+const PADDING_DRAIN_MAX: Duration = Duration::from_millis(500);
 /// Padding that is not acknowledged yet, at first and at most: it doubles as on a path that is not known, so that a slow one is
 /// not filled with what takes seconds to drain.
 const PADDING_AHEAD: (u64, u64) = (PROBE_BYTES_MAX as u64, 4 << 20);
@@ -141,7 +142,8 @@ impl Asking<'_> {
         }
     }
 
-    /// Keeps padding under way until there is enough of it or time is up.
+    /// Keeps padding under way until there is enough of it or time is up. What is still under way on a slow path is not waited
+    /// for: what has arrived tells how slow it is.
     async fn throughput(&mut self) -> Result<f64, ProbeError> {
         let padding = Message::Probe(vec![0x5A; PROBE_BYTES_MAX]);
         let (mut sent, mut arrived) = (0_u64, 0_u64);
@@ -154,9 +156,14 @@ impl Asking<'_> {
                 sent += PROBE_BYTES_MAX as u64;
                 continue;
             }
-            arrived = self.acknowledged().await?.min(sent);
+            let left = (PADDING_TIME_MAX + PADDING_DRAIN_MAX).saturating_sub(begun.elapsed());
+            let rate = |arrived: u64| arrived as f64 / begun.elapsed().as_secs_f64().max(1e-6);
+            match tokio::time::timeout(left, self.acknowledged()).await {
+                Ok(acknowledged) => arrived = acknowledged?.min(sent),
+                Err(_) => return Ok(rate(arrived)),
+            }
             if enough && arrived >= sent {
-                return Ok(arrived as f64 / begun.elapsed().as_secs_f64().max(1e-6));
+                return Ok(rate(arrived));
             }
         }
     }

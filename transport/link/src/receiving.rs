@@ -287,6 +287,7 @@ impl Lane<'_> {
             barrier = shared.passed.wait(barrier).unwrap_or_else(PoisonError::into_inner);
         }
         self.round = barrier.round;
-        !shared.stop.load(Ordering::Relaxed)
+        // The source is told also if the end has come meanwhile: its lane waits for it.
+        true
     }
 }

@@ -100,6 +100,9 @@ impl Progress {
             bar.set_position(progress.memory_bytes.saturating_sub(progress.bytes_remaining));
             bar.set_prefix(head);
             bar.set_message(what);
+        } else if !self.quiet && progress.round == 0 && progress.phase != self.last.0 {
+            self.last = (progress.phase.clone(), 0);
+            note(head);
         } else if !self.quiet && (&progress.phase, progress.round) != (&self.last.0, self.last.1) {
             self.last = (progress.phase.clone(), progress.round);
             note(format!("{head}: {what}"));
@@ -157,11 +160,7 @@ pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
 /// Which link it was, why, and what else was looked at.
 fn link_rows(report: &Report) -> Vec<(String, String)> {
     let plural = if report.lanes == 1 { "" } else { "s" };
-    let protection = match (report.encrypted, report.link.as_str()) {
-        (true, _) => "encrypted (TLS 1.3)",
-        (false, "rdma") => "NOT ENCRYPTED, within a trusted fabric",
-        (false, _) => "PLAIN TEXT",
-    };
+    let protection = protection(&report.link, report.encrypted);
     let mut rows = vec![("link".into(), format!("{}, {} lane{plural}, {protection}", report.link, report.lanes))];
     if !report.link_reason.is_empty() {
         rows.push(("  why".into(), report.link_reason.clone()));
@@ -179,6 +178,15 @@ fn link_rows(report: &Report) -> Vec<(String, String)> {
         None => {}
     }
     rows
+}
+
+/// How guest memory is protected on a link.
+pub(crate) fn protection(link: &str, encrypted: bool) -> &'static str {
+    match (encrypted, link) {
+        (true, _) => "encrypted (TLS 1.3)",
+        (false, "rdma") => "NOT ENCRYPTED, within a trusted fabric",
+        (false, _) => "PLAIN TEXT",
+    }
 }
 
 /// What was learnt of a link, in one line.

@@ -30,11 +30,12 @@ pub(crate) fn migrate_request(args: &MigrateArgs) -> Result<MigrateRequest, ApiE
 
 /// The plan, and the command that carries out exactly it.
 pub(crate) fn show(plan: &Plan) {
-    let protection = if plan.encrypted { "encrypted" } else { "PLAIN TEXT" };
+    let protection = output::protection(&plan.link, plan.encrypted);
+    let plural = if plan.lanes == 1 { "" } else { "s" };
     let mut rows = vec![
         ("guest", format!("{} ({}, {})", plan.vm, output::bytes(plan.memory_bytes), plan.vm_id)),
         ("to", format!("{} at {}", plan.to.name, plan.to.address)),
-        ("link", format!("{}, {} lanes, {protection}", plan.link, plan.lanes)),
+        ("link", format!("{}, {} lane{plural}, {protection}", plan.link, plan.lanes)),
         ("  why", plan.link_reason.clone()),
     ];
     if plan.links.len() > 1 {

@@ -22,7 +22,7 @@ use std::time::Duration;
 /// within 3 s.
 const QUIC_CONNECT_MAX: Duration = Duration::from_millis(1500);
 /// The same with all questions and padding.
-const QUIC_ASK_MAX: Duration = Duration::from_millis(2000);
+const QUIC_ASK_MAX: Duration = Duration::from_millis(2500);
 
 /// Makes an RDMA link of its control channel's link and an address of the destination's device.
 pub type MakeRdma = Arc<dyn Fn(Arc<dyn Link>, SocketAddr) -> Arc<dyn Link> + Send + Sync>;
@@ -142,10 +142,7 @@ impl Reach {
                 {
                     obstacle = match offered(Some(&probed.offers), LinkKind::Quic) {
                         Err(theirs) => theirs,
-                        Ok(_) => Obstacle {
-                            words: format!("{}; the destination has it, so something on the way blocks UDP", obstacle.words),
-                            ..obstacle
-                        },
+                        Ok(_) => blocked(&error),
                     };
                 }
                 found.keep(Seen::not(LinkKind::Quic, obstacle), None);
@@ -229,11 +226,15 @@ impl Reach {
         let link = self.quic(settings, offer);
         match ask_quic(&*link, true).await {
             Ok(probed) => (measured(LinkKind::Quic, &probed), Some(link), Some(probed.offers)),
-            Err(mut obstacle) => {
-                if reached && matches!(obstacle.code, Code::Timeout | Code::LinkLost) {
-                    obstacle.words.push_str("; the destination has it, so something on the way blocks UDP");
-                }
-                not(obstacle)
+            Err(Some(error)) if reached => not(blocked(&error)),
+            Err(Some(error)) => not(obstacle(&error)),
+            Err(None) => {
+                let words = format!(
+                    "destination {} answers by QUIC and took more than {} ms over a short probe",
+                    self.destination,
+                    QUIC_ASK_MAX.as_millis()
+                );
+                not(Obstacle { code: Code::Timeout, words })
             }
         }
     }
@@ -289,13 +290,20 @@ fn measured(kind: LinkKind, probed: &Probed) -> Seen {
     Seen { round_trip: Some(probed.round_trip), bytes_per_s, ..Seen::usable(kind) }
 }
 
-async fn ask_quic(link: &dyn Link, padding: bool) -> Result<Probed, Obstacle> {
+/// The obstacle where the destination has QUIC, as it said over TCP.
+fn blocked(error: &ProbeError) -> Obstacle {
+    let mut obstacle = obstacle(error);
+    if matches!(error, ProbeError::Connect(_)) && matches!(obstacle.code, Code::Timeout | Code::LinkLost) {
+        obstacle.words.push_str("; the destination has it, so something on the way blocks UDP");
+    }
+    obstacle
+}
+
+/// Asks by QUIC; the error is `None` where there were answers, and too slow ones.
+async fn ask_quic(link: &dyn Link, padding: bool) -> Result<Probed, Option<ProbeError>> {
     match tokio::time::timeout(QUIC_ASK_MAX, probe(link, padding)).await {
-        Ok(probed) => probed.map_err(|error| obstacle(&error)),
-        Err(_) => {
-            let words = format!("destination {} was not done within {} ms by QUIC", link.destination(), QUIC_ASK_MAX.as_millis());
-            Err(Obstacle { code: Code::Timeout, words })
-        }
+        Ok(probed) => probed.map_err(Some),
+        Err(_) => Err(None),
     }
 }
 

@@ -239,7 +239,7 @@ fn none(wanted: Wanted, obstacles: &[(&Seen, &Obstacle)], tried: Vec<LinkTried>)
         }
     }
     if let Wanted::Only(kind) = wanted {
-        words = format!("--link {kind}: {words}");
+        words = format!("{kind} was asked for by name: {words}");
     }
     NoLink { code, words, tried }
 }
@@ -269,7 +269,7 @@ fn faster(a: f64, b: f64) -> Ordering {
 /// Why a usable link comes where it comes.
 fn reason(wanted: Wanted, one: &Seen, seen: &[Seen]) -> String {
     if let Wanted::Only(kind) = wanted {
-        return format!("asked for by --link {kind}");
+        return format!("{kind} was asked for by name");
     }
     let other = match one.kind {
         LinkKind::Rdma => return "both hosts have it and declare the fabric between them trusted".to_owned(),
@@ -426,7 +426,7 @@ mod tests {
                 Wanted::Only(Rdma),
                 USUAL,
                 vec![no_rdma.clone(), tcp.clone()],
-                "link-unavailable: --link rdma: no device",
+                "link-unavailable: rdma was asked for by name: no device",
             ),
             ("none", AUTO, USUAL, vec![no_tcp, no_quic, no_rdma], "link-lost: tcp is cut; quic: no answer"),
         ];
@@ -434,7 +434,7 @@ mod tests {
             assert_eq!(order(wanted, protection, &seen), expected, "{name}");
         }
         let words = order(Wanted::Only(Rdma), Protection::Encrypted, &[rdma]);
-        assert!(words.starts_with("plaintext-refused: --link rdma: RDMA does not encrypt"), "{words}");
+        assert!(words.starts_with("plaintext-refused: rdma was asked for by name: RDMA does not encrypt"), "{words}");
     }
 
     #[test]

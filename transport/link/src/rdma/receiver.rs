@@ -14,7 +14,7 @@ use limosa_proto::wire::frame::{LANE_HEADER_BYTES, LaneFrameKind, LaneHeader, pa
 use limosa_verbs::{Completion, Payload, QueuePair, Receive, Send, Status, Verb, WaitError};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a lane whose queue pair broke keeps that to itself: the source's device alone was told why, so its words come first.
@@ -23,8 +23,30 @@ const SOURCE_FIRST: Duration = Duration::from_millis(600);
 const NAP: Duration = Duration::from_millis(20);
 /// How long a refusal may take to leave before the queue pair goes.
 const FAREWELL: Duration = Duration::from_millis(200);
+/// How long an end waits for the source to hear that a barrier was passed.
+const PASSING: Duration = Duration::from_millis(300);
 /// What a peer that has gone means here.
 const GONE: io::ErrorKind = io::ErrorKind::UnexpectedEof;
+
+/// Holds an end back while the lane is at a barrier: once all lanes are, the migration may end at any moment, and the source's
+/// lane, which still waits to hear of it, would take that for a failure.
+#[derive(Debug, Default)]
+struct Passing {
+    at_barrier: Mutex<bool>,
+    over: Condvar,
+}
+
+impl Passing {
+    fn set(&self, at_barrier: bool) {
+        *self.at_barrier.lock().unwrap_or_else(PoisonError::into_inner) = at_barrier;
+        self.over.notify_all();
+    }
+
+    fn wait(&self) {
+        let at_barrier = self.at_barrier.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.over.wait_timeout_while(at_barrier, PASSING, |at_barrier| *at_barrier));
+    }
+}
 
 /// The receiving end of a lane.
 pub(super) struct RdmaReceiver {
@@ -46,6 +68,7 @@ pub(super) struct RdmaReceiver {
     next: usize,
     /// A frame whose runs come next.
     header: Option<LaneHeader>,
+    passing: Arc<Passing>,
     round: u32,
     bytes: u64,
     done: Vec<Completion>,
@@ -74,6 +97,7 @@ impl RdmaReceiver {
             body: Vec::new(),
             next: 0,
             header: None,
+            passing: Arc::default(),
             round: 0,
             bytes: 0,
             done: Vec::new(),
@@ -143,6 +167,15 @@ impl RdmaReceiver {
         Ok(())
     }
 
+    /// Waits until the source's device has all that was said.
+    fn until_said(&mut self, at_most: Duration) -> io::Result<()> {
+        let patience = Instant::now() + at_most;
+        while self.saying > 0 && Instant::now() < patience {
+            self.collect(at_most)?;
+        }
+        Ok(())
+    }
+
     /// Takes the next message in, whose body then is what is read.
     fn next_message(&mut self) -> io::Result<()> {
         let (slot, bytes) = loop {
@@ -188,15 +221,18 @@ impl RdmaReceiver {
         Ok(())
     }
 
-    /// Follows the frames, so that the hashes can be found and zero pages are suspect no more.
+    /// Follows the frames: so that barriers are known, hashes can be found, and zero pages are suspect no more.
     fn follow(&mut self, bytes: &[u8]) {
         match self.header.take() {
             None => {
                 let header = bytes.first_chunk::<LANE_HEADER_BYTES>().and_then(|bytes| LaneHeader::parse(bytes).ok());
                 self.round = header.map_or(self.round, |header| header.round);
+                if header.is_some_and(|header| header.kind == LaneFrameKind::Barrier) {
+                    self.passing.set(true);
+                }
                 self.header = header.filter(|header| header.runs > 0);
             }
-            Some(header) if header.kind == LaneFrameKind::Zero => {
+            Some(header) if header.kind == LaneFrameKind::Zero && self.migration.page_check() => {
                 let map = self.migration.pages().memory_map();
                 // The driver parses them too, and ends the lane where they are wrong.
                 for run in parse_runs(bytes, map, &header).into_iter().flatten() {
@@ -223,9 +259,7 @@ impl RdmaReceiver {
 impl LaneReceiver for RdmaReceiver {
     fn head(&mut self, out: &mut [u8]) -> io::Result<()> {
         self.fill(out)?;
-        if self.migration.page_check() {
-            self.follow(out);
-        }
+        self.follow(out);
         Ok(())
     }
 
@@ -235,7 +269,10 @@ impl LaneReceiver for RdmaReceiver {
     }
 
     fn passed(&mut self, round: u32) -> io::Result<()> {
-        self.say(Kind::Passed, &round.to_le_bytes())
+        self.say(Kind::Passed, &round.to_le_bytes())?;
+        self.until_said(PASSING)?;
+        self.passing.set(false);
+        Ok(())
     }
 
     fn acknowledge(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -245,20 +282,26 @@ impl LaneReceiver for RdmaReceiver {
         self.say(Kind::Answer, &body)?;
         if bytes != emit_lane_answer(None) {
             // The lane is dropped next, and an answer that has not left by then is lost.
-            let patience = Instant::now() + FAREWELL;
-            while self.saying > 0 && Instant::now() < patience {
-                self.collect(FAREWELL)?;
-            }
+            self.until_said(FAREWELL)?;
         }
         Ok(())
     }
 
     fn closer(&self) -> io::Result<LaneCloser> {
-        let closer = self.pair.closer();
-        Ok(LaneCloser::new(move || closer.close()))
+        let (closer, passing) = (self.pair.closer(), self.passing.clone());
+        Ok(LaneCloser::new(move || {
+            passing.wait();
+            closer.close();
+        }))
     }
 
     fn bytes_on_wire(&self) -> u64 {
         self.bytes
+    }
+}
+
+impl Drop for RdmaReceiver {
+    fn drop(&mut self) {
+        self.passing.set(false);
     }
 }

@@ -2,7 +2,7 @@
 //! device that is a table in this process. It shows what such a link has to do; its speed means nothing.
 
 use crate::subject::{NotApplicable, Subject, Wire};
-use crate::toy::{Sender, Toy, ToySettings};
+use crate::toy::{Hold, Sender, Toy, ToySettings};
 use crate::wire::{Carrier, StreamWire};
 use limosa_link::pair::PairLink;
 use limosa_link::sessions::{LANE_ANSWER_BYTES, Sessions, parse_lane_answer};
@@ -61,7 +61,7 @@ struct Table {
 
 /// The device, at both ends.
 #[derive(Clone, Default)]
-pub struct Device(Arc<Mutex<Table>>);
+pub struct Device(Arc<Mutex<Table>>, Arc<Hold>);
 
 impl Device {
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
@@ -72,6 +72,10 @@ impl Device {
     }
     pub fn flip(&self, page: Option<u64>) {
         self.table().flips = page;
+    }
+    /// Lets every opening wait from now on, or go on.
+    pub fn stall(&self, stalls: bool) {
+        self.1.set(stalls);
     }
     /// How many chunks were ever opened.
     pub fn opened(&self) -> u64 {
@@ -139,6 +143,7 @@ struct Memory(Arc<Inner>);
 impl Exposed for Memory {
     fn open(&self, chunk: u32) -> Result<MemoryKey, HostError> {
         let Inner { device, exposure, keys, .. } = &*self.0;
+        device.1.pass();
         let mut table = device.table();
         if table.refuses == Some(chunk) {
             return Err(HostError::new(format!("the toy device did not take chunk {chunk} in: told to fail")));

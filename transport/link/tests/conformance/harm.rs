@@ -34,7 +34,7 @@ pub async fn the_way_can_be_harmed<S: Subject>() {
 }
 
 async fn hasty<S: Subject>(ready: Duration) -> Trial<S> {
-    let settings = ToySettings { ready, ..ToySettings::default() };
+    let settings = ToySettings { ready: ready * S::SLOWNESS, ..ToySettings::default() };
     Trial::new(Plan { hasty: true, settings, ..Plan::default() }).await
 }
 
@@ -114,9 +114,11 @@ pub async fn lanes_are_cut_at_any_byte<S: Subject>() {
 pub async fn everything_is_cut_in_each_phase<S: Subject>() {
     let at_source = [Call::Journal(Kind::Started), Call::Track, Call::Fetch, Call::Pause, Call::Save];
     let at_destination = [Call::Prepare, Call::Load, Call::Journal(Kind::Ready)];
-    let mut cuts = JoinSet::new();
+    let (gate, mut cuts) = (Arc::new(Semaphore::new(AT_ONCE / S::SLOWNESS as usize)), JoinSet::new());
     for (call, here) in at_source.iter().map(|call| (*call, true)).chain(at_destination.iter().map(|call| (*call, false))) {
+        let gate = gate.clone();
         cuts.spawn(async move {
+            let _turn = gate.acquire().await.unwrap();
             let mut trial = hasty::<S>(Duration::from_millis(300)).await;
             let wire = trial.wire().await;
             let faults = if here { &trial.sender.saw.faults } else { &trial.toy().saw.faults };

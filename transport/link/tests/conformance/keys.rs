@@ -5,7 +5,9 @@ use crate::direct::Direct;
 use crate::subject::{Plan, Trial};
 use crate::toy::ToyMemory;
 use limosa_proto::event::{Side, SourceOutcome};
+use limosa_proto::state::SourceState;
 use limosa_proto::wire::code::Code;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -58,7 +60,7 @@ async fn a_page_that_changed_on_the_way_is_not_committed() {
 async fn the_page_check_is_left_out_if_both_sides_want_that() {
     for (source, destination) in [(false, true), (true, false), (false, false)] {
         let mut plan = Plan::default();
-        plan.settings.tune = std::sync::Arc::new(move |config| config.page_check = destination);
+        plan.settings.tune = Arc::new(move |config| config.page_check = destination);
         let mut trial = Trial::<Direct>::new(plan).await;
         trial.sender.tune = Box::new(move |config| config.page_check = source);
         let (outcome, report) = trial.migrate().await;
@@ -93,4 +95,32 @@ async fn a_key_is_worth_nothing_after_the_end() {
         let error = trial.subject.device.write(rkey, 0x7000_0000, &[1; 8]).unwrap_err().to_string();
         assert!(error.contains("no such key"), "{error}");
     }
+}
+
+/// A source whose lanes wait for a key is dropped: that must not wait for the key. On a runtime of its own, which can be left behind.
+#[test]
+fn a_source_that_vanishes_while_it_waits_for_a_key() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let ended = runtime.block_on(async {
+        let trial = Arc::new(trial().await);
+        let device = trial.subject.device.clone();
+        device.stall(true);
+        let migrating = tokio::spawn({
+            let trial = trial.clone();
+            async move { drop(trial.migrate().await) }
+        });
+        let state = || trial.sender.progress.borrow().state;
+        while state() != SourceState::Precopy {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        migrating.abort();
+        tokio::time::timeout(Duration::from_secs(10), migrating).await.map_err(|_| "its lanes still wait for a key")?.ok();
+        device.stall(false);
+        let mut trial = Arc::into_inner(trial).ok_or("the migration was not dropped")?;
+        trial.next_is_good().await;
+        Ok::<_, &str>(())
+    });
+    runtime.shutdown_background();
+    ended.unwrap();
 }

@@ -144,11 +144,13 @@ impl<S: Subject> Trial<S> {
             settings.tune = Arc::new(|config| (config.keepalive, config.peer_silence_max) = (silence::<S>() / 8, silence::<S>()));
         }
         let subject = S::start(settings).await;
-        let mut sender = Sender::new(Guest::start(memory, pause_between));
+        let mut sender = Sender::new(Guest::start(memory, pause_between * S::SLOWNESS));
         sender.plaintext = !S::ENCRYPTED;
         sender.settings.frame_bytes = 64 << 10;
         sender.tune = Box::new(move |config| {
             config.deadlines.retry = Duration::from_millis(100);
+            // No check is about speed: many trials share two cores.
+            config.policy.downtime_max = Duration::from_secs(10);
             if hasty {
                 (config.keepalive, config.peer_silence_max) = (silence::<S>() / 8, silence::<S>());
             }

@@ -18,7 +18,7 @@ pub const WORDS_PER_PAGE: usize = PAGE_BYTES as usize / 8;
 /// Bytes that one system call of a toy moves at most: odd, so that pages are cut anywhere.
 const CALL_BYTES: usize = 100_000;
 
-/// Holds back whoever puts pages into memory, while it is closed: a receiver that does not keep up.
+/// Holds back whoever passes while it is closed: a receiver that does not keep up, a device that takes its time.
 #[derive(Default)]
 pub struct Hold {
     closed: Mutex<bool>,
@@ -30,7 +30,7 @@ impl Hold {
         *self.closed.lock().unwrap() = closed;
         self.opened.notify_all();
     }
-    fn pass(&self) {
+    pub fn pass(&self) {
         let closed = self.closed.lock().unwrap();
         drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
     }
