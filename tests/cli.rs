@@ -17,6 +17,7 @@ const COMMANDS: &[&[&str]] = &[
     &["vm", "show"],
     &["vm", "stop"],
     &["host", "id"],
+    &["host", "show"],
     &["host", "trust"],
     &["host", "list"],
     &["host", "remove"],

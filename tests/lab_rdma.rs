@@ -13,7 +13,7 @@ const LIMIT: Duration = Duration::from_secs(400);
 fn run(machine: &Machine, package: &str, test: &str, filter: &[&str]) -> Result<usize> {
     let program = test_binary(package, test, &[])?.display().to_string();
     let words = [&[program.as_str(), "--nocapture", "--test-threads", "1"], filter].concat();
-    let output = machine.task(&words).env("LIMOSA_DEMAND_ALL", "1").limit(LIMIT).run()?;
+    let output = machine.task(&words).env("LIMOSA_IN_LAB", "1").env("LIMOSA_DEMAND_ALL", "1").limit(LIMIT).run()?;
     let (text, errors) = (output.text(), output.errors());
     ensure!(output.ok(), "{package} {test} in the lab ended with {}:\n{text}\n{errors}", output.status());
     ensure!(!text.contains("skipped:") && !errors.contains("skipped:"), "{package} {test} skipped in the lab:\n{text}\n{errors}");

@@ -557,8 +557,13 @@ fn function_names<'a>(texts: impl Iterator<Item = &'a str>) -> BTreeSet<String> 
 fn test_names<'a>(texts: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for text in texts {
-        let mut marked = false;
+        let (mut marked, mut listed) = (false, false);
         for line in text.lines().map(str::trim) {
+            // The checks of a suite that a macro makes a test of, for each link one.
+            listed = (listed || line.starts_with("conformance! {")) && line != "}";
+            if listed {
+                names.extend(line.split([',', ';', ':', ' ']).filter(|word| !word.is_empty()).map(str::to_owned));
+            }
             if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
                 marked = true;
             }
@@ -663,10 +668,12 @@ mod rules {
 
     #[test]
     fn invariants_need_tests_that_exist() {
-        let text = "#[test]\nfn one_holds_it() {}\n fn not_a_test() {}\nproptest! {\n #[test]\n fn always_true(x in 0..1) {} }";
+        let text = "#[test]\nfn one_holds_it() {}\n fn not_a_test() {}\nproptest! {\n #[test]\n fn always_true(x in 0..1) {} }\n\
+                    conformance! { $name: $subject;\n moving: a_check, another;\n}\nfn a_check() {}";
         let (functions, tests) = (function_names([text].into_iter()), test_names([text].into_iter()));
         let judge = |document: &str| unheld_invariants(document, &functions, &tests).len();
         assert_eq!(judge("- **I1** True.\n  Held by `one_holds_it`.\n\n| I2 | too | `a::always_true` |"), 0);
+        assert_eq!(judge("- **I1** True: `a_check`."), 0);
         assert_eq!(judge("- **I1** True."), 1);
         assert_eq!(judge("- **I1** True: `not_a_test`."), 1);
         assert_eq!(judge("- **I1** True: `one_holds_it`, `one_that_is_gone`."), 1);

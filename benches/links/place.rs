@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How long an end may take for one order.
 const ANSWER_MAX: Duration = Duration::from_secs(300);
+/// How long it may take to end.
+const GRACE: Duration = Duration::from_secs(2);
 /// How often a machine of the lab is asked for more output.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -137,7 +139,12 @@ impl Drop for End {
     fn drop(&mut self) {
         match &mut self.process {
             Process::Here { child, input, .. } => {
+                // At the end of its input it ends, and what it started with it.
                 drop(input.take());
+                let until = Instant::now() + GRACE;
+                while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+                    std::thread::sleep(LOOK_AGAIN);
+                }
                 let _ = child.kill();
                 let _ = child.wait();
             }

@@ -8,6 +8,10 @@ pub const SKIP_LOG: &str = "LIMOSA_SKIP_LOG";
 /// Set to 1 on machines that have all that the tests need: there a skip is a failure.
 pub const DEMAND_ALL: &str = "LIMOSA_DEMAND_ALL";
 
+/// Set in machines of the lab for the tests that need them.
+#[allow(dead_code, reason = "as the functions that use it")]
+pub const IN_LAB: &str = "LIMOSA_IN_LAB";
+
 /// Reports that the calling test cannot run here for want of rights, devices or programs; the test returns right after.
 ///
 /// Prints `skipped: REASON` and appends `PROCESS TEST: REASON` to the file that `LIMOSA_SKIP_LOG` names.
@@ -26,6 +30,17 @@ pub fn skip(reason: &str) {
 #[allow(dead_code, reason = "tests that include this file by its path seldom need both")]
 pub fn skip_kernel_lacks(what: &str) {
     note(&format!("this kernel has no {what}"));
+}
+
+/// The same for what no build machine has and a machine of the lab does: `tests/lab_rdma.rs` runs the calling test there, and
+/// fails if it is skipped there. Counted apart.
+///
+/// # Panics
+/// In the lab, which sets `LIMOSA_DEMAND_ALL=1` and `LIMOSA_IN_LAB=1`.
+#[allow(dead_code, clippy::panic, reason = "most tests that include this file by its path need no lab")]
+pub fn skip_for_the_lab(reason: &str) {
+    assert!(std::env::var_os(IN_LAB).is_none(), "skipped in the lab itself: {reason}");
+    note(&format!("runs in the lab: {reason}"));
 }
 
 #[allow(clippy::panic, clippy::print_stdout)]

@@ -414,23 +414,20 @@ impl Driver {
                 if *pages.memory_map() != vm.memory {
                     return Err(HostError::new("the VMM made memory of another shape than the guest's"));
                 }
-                let exposed = match fabric {
-                    None => None,
-                    Some(fabric) => Some(Arc::from(fabric.expose(Exposure {
-                        migration,
-                        generation,
-                        token,
-                        pages: pages.clone(),
-                        page_check,
-                    })?)),
+                let exposure = Exposure { migration, generation, token, pages: pages.clone(), page_check };
+                let exposed = match fabric.map(|fabric| fabric.expose(exposure)).transpose() {
+                    Ok(exposed) => exposed.map(Arc::from),
+                    // The link's failure and not the VMM's: the source may try another link.
+                    Err(error) => return Ok(Err(error.words)),
                 };
                 let lanes = ReceiveLanes::new(pages, tag, populate, exposed, counters, events)
                     .map_err(|error| HostError::new(format!("guest memory could not be populated: {error}")))?;
-                Ok((lanes, u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX)))
+                Ok(Ok((lanes, u32::try_from(begun.elapsed().as_millis()).unwrap_or(u32::MAX))))
             },
             move |called| {
                 let _ = inner.send(match called {
-                    Ok((lanes, populated_ms)) => Inner::Prepared(lanes, populated_ms),
+                    Ok(Ok((lanes, populated_ms))) => Inner::Prepared(lanes, populated_ms),
+                    Ok(Err(words)) => Inner::Event(DestinationEvent::HostFailed { task: HostTask::Lanes, words }),
                     Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
                 });
             },

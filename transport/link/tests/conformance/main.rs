@@ -1,7 +1,7 @@
 //! One suite for every kind of link: what it checks is promised by all of them alike. A new kind of link is a file that implements
 //! [`subject::Subject`], and one line below. What only one kind can promise is tested beside it, not here.
 //!
-//! A check that means nothing for a link prints `not applicable: …` and why; one that this machine cannot run, `skipped: …`.
+//! A check that means nothing for a link prints `not applicable: …` and why; one that this machine cannot run and the lab can, `skipped: …`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(unreachable_pub, missing_docs)]
 
@@ -53,7 +53,7 @@ macro_rules! conformance {
                 async fn $check() {
                     match <$subject as crate::subject::Subject>::missing() {
                         None => crate::$area::$check::<$subject>().await,
-                        Some(reason) => crate::skip::skip(&reason),
+                        Some(reason) => crate::skip::skip_for_the_lab(&reason),
                     }
                 }
             )+)+

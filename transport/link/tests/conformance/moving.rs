@@ -3,6 +3,7 @@
 use crate::subject::{Plan, REGIONS, Subject, Trial, silence};
 use crate::toy::{Call, Fault, ToyMemory, ToySettings};
 use limosa_link::Populate;
+use limosa_proto::commit::JournalRecordKind as Kind;
 use limosa_proto::event::{Side, SourceOutcome};
 use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::progress::Progress;
@@ -176,8 +177,9 @@ pub async fn idle_channels_stay_open<S: Subject>() {
         trial.settle().await;
         assert!(report.total_ms >= idle.as_secs_f64() * 1e3, "{report:?}");
     };
-    // Between two rounds, when lanes wait; at the end, when everything does.
-    tokio::join!(idling(Call::Fetch, true), idling(Call::Load, false));
+    // Before the first word, when the destination must hear nothing yet; between two rounds, when lanes wait; at the end, when
+    // everything does.
+    tokio::join!(idling(Call::Journal(Kind::Started), true), idling(Call::Fetch, true), idling(Call::Load, false));
 }
 
 /// A source that is gone in mid-round leaves nothing at the destination, and no thread here.

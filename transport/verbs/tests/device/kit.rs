@@ -32,7 +32,7 @@ pub(crate) fn on_device(test: impl AsyncFnOnce(&Device)) {
     let device = match device() {
         Ok(device) => device,
         Err(NoRdma::NotSupported | NoRdma::NoDevice) if !Path::new("/sys/class/infiniband").exists() => {
-            return skip::skip_kernel_lacks("RDMA (no RDMA device here: these tests run in the lab)");
+            return skip::skip_for_the_lab("no RDMA device here");
         }
         Err(error) => return skip::skip(&format!("no RDMA device here: {error}")),
     };
