@@ -1,7 +1,7 @@
 //! Whole migrations of a KVM guest from one machine of the soft-RoCE lab to the other: over rdma, quic and tcp, each with the
 //! guest's own check of every page; under loss, delay and reordering; with the RDMA link cut in the middle. The machines are
 //! real kernels with nested KVM and rxe; `tests/lab.rs` tests the machines themselves.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 #![forbid(unsafe_code)]
 
 use rig::process::{limosa_bin, wait_for};

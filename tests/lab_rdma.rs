@@ -1,6 +1,6 @@
 //! The tests of `transport/verbs` and of the RDMA link need a device: here they run inside a machine of the soft-RoCE lab, as they
 //! are, and every one of them must pass there; a test that skips in the lab fails here.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 #![forbid(unsafe_code)]
 
 use rig::roce::{Machine, test_binary, with_machines};

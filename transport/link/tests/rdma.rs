@@ -497,3 +497,38 @@ async fn many_pages_ring_the_doorbell_seldom() {
     assert!(doorbells <= bytes.div_ceil(8 << 20) + ends, "{doorbells} doorbells for {bytes} bytes, {ends} ends");
     trial.assert_clean().await;
 }
+
+/// Set in the process that may lock little memory.
+const LITTLE: &str = "LIMOSA_TEST_LITTLE_MEMLOCK";
+
+/// What is too much to lock is said with the limit and the line to set; the guest runs on, and a smaller one moves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_may_not_be_locked_is_named_with_the_remedy() {
+    let _turn = TURN.lock().await;
+    let Some(at) = device() else { return };
+    if std::env::var_os(LITTLE).is_none() {
+        // Root may lock anything, so the rest is done by a process without that right.
+        let mut child = std::process::Command::new("prlimit");
+        child.args(["--memlock=24000000", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]);
+        child.arg(std::env::current_exe().unwrap()).env(LITTLE, "1");
+        child.args(["--exact", "memory_that_may_not_be_locked_is_named_with_the_remedy", "--nocapture"]);
+        let done = child.output().unwrap();
+        assert!(done.status.success(), "{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        return;
+    }
+    let memory_of = |pages: u64| {
+        let memory = ToyMemory::regions(&[pages]);
+        memory.fill(|_| true);
+        memory
+    };
+    let trial = Trial::new(at, memory_of(3 * CHUNK_BYTES / PAGE_BYTES)).await;
+    let (outcome, _) = trial.migrate_over(trial.link()).await;
+    assert_stayed(&trial.sender, &trial.toy, &outcome);
+    let (_, said) = words(&outcome);
+    for wanted in ["of 3 of guest memory could not be registered", "may lock 23438 KiB", "LimitMEMLOCK", "limits.d", "48 MiB"] {
+        assert!(said.contains(wanted), "{wanted}: {said}");
+    }
+    trial.assert_clean().await;
+    drop(trial);
+    Trial::new(at, memory_of(640)).await.next_is_good().await;
+}

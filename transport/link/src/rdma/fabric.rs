@@ -14,8 +14,13 @@ use limosa_proto::wire::frame::LaneToken;
 use limosa_proto::wire::limits::LANES_MAX;
 use limosa_proto::wire::offer::{MemoryKey, chunks};
 use limosa_verbs::{Access, Context, Mapping, MemoryRegion, ProtectionDomain};
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+/// Threads that take memory back at most, and how many chunks are worth one.
+const DEREGISTER_THREADS_MAX: usize = 4;
+const DEREGISTER_EACH_MIN: usize = 8;
 
 /// The migrations that come in by RDMA. Clones are the same table.
 #[derive(Debug, Clone)]
@@ -183,16 +188,34 @@ impl Migration {
         held.mappings.clear();
         held.domain = None;
         drop(held);
-        let failed: Vec<String> = regions
-            .into_iter()
-            .filter_map(|region| MemoryRegion::deregister(region).err())
-            .map(|error| error.to_string())
-            .collect();
+        let failed = deregister(regions);
         match failed.first() {
             None => Ok(()),
             Some(first) => Err(format!("{} chunks of guest memory are still open to the source: {first}", failed.len())),
         }
     }
+}
+
+/// Takes regions back on several threads: the guest stands still meanwhile, and each page has to be let go. What failed, in words.
+fn deregister(regions: Vec<Arc<MemoryRegion>>) -> Vec<String> {
+    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(DEREGISTER_THREADS_MAX);
+    let each = regions.len().div_ceil(threads).max(DEREGISTER_EACH_MIN);
+    let mut regions = regions;
+    let work = |some: Vec<Arc<MemoryRegion>>| -> Vec<String> {
+        some.into_iter().filter_map(|region| MemoryRegion::deregister(region).err()).map(|error| error.to_string()).collect()
+    };
+    std::thread::scope(|scope| {
+        let mut others = Vec::new();
+        while regions.len() > each {
+            let some = regions.split_off(regions.len() - each);
+            others.push(scope.spawn(move || work(some)));
+        }
+        let mut failed = work(regions);
+        for other in others {
+            failed.extend(other.join().unwrap_or_else(|_| vec!["a thread that took memory back died".to_owned()]));
+        }
+        failed
+    })
 }
 
 /// The memory of one guest, open to its source until dropped.

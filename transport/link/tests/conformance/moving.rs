@@ -156,30 +156,28 @@ pub async fn a_cancel_from_either_side<S: Subject>() {
     }
 }
 
-/// Lanes and control that have nothing to carry for longer than silence is borne stay open: keepalives go.
+/// Lanes and control that have nothing to carry for longer than silence is borne stay open: keepalives go. Before the first word
+/// none may go, since a destination hears Hello first.
 pub async fn idle_channels_stay_open<S: Subject>() {
-    let idle = silence::<S>() + Duration::from_millis(1500);
-    let once = || {
+    let idling = |call: Call, here: bool, idle: Duration| async move {
+        let trial = Trial::<S>::hasty().await;
+        let faults = if here { &trial.sender.saw.faults } else { &trial.toy().saw.faults };
         let first = AtomicBool::new(true);
         let slow = move || {
             if first.swap(false, Ordering::SeqCst) {
                 std::thread::sleep(idle);
             }
         };
-        Fault::Then(Arc::new(slow))
-    };
-    let idling = |call: Call, here: bool| async move {
-        let trial = Trial::<S>::hasty().await;
-        let faults = if here { &trial.sender.saw.faults } else { &trial.toy().saw.faults };
-        faults.add(call, once());
+        faults.add(call, Fault::Then(Arc::new(slow)));
         let (outcome, report) = trial.migrate().await;
         trial.assert_moved(&outcome);
         trial.settle().await;
         assert!(report.total_ms >= idle.as_secs_f64() * 1e3, "{report:?}");
     };
-    // Before the first word, when the destination must hear nothing yet; between two rounds, when lanes wait; at the end, when
-    // everything does.
-    tokio::join!(idling(Call::Journal(Kind::Started), true), idling(Call::Fetch, true), idling(Call::Load, false));
+    let (long, short) = (silence::<S>() + Duration::from_millis(1500), silence::<S>() / 2);
+    // Before the first word; between two rounds, when lanes wait; at the end, when everything does.
+    let started = Call::Journal(Kind::Started);
+    tokio::join!(idling(started, true, short), idling(Call::Fetch, true, long), idling(Call::Load, false, long));
 }
 
 /// A source that is gone in mid-round leaves nothing at the destination, and no thread here.
