@@ -11,6 +11,10 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long lanes that are about to be ended may take to tell their sources that the last barrier was passed.
+const TELL_MAX: Duration = Duration::from_secs(1);
 
 /// Where the lanes wait for each other.
 struct Barrier {
@@ -19,6 +23,8 @@ struct Barrier {
     /// The round that is being received.
     round: u32,
     waiting: usize,
+    /// Lanes that are through the last barrier and have not told their sources yet.
+    telling: usize,
     counts: (u64, u64, u64),
 }
 
@@ -64,7 +70,7 @@ impl ReceiveLanes {
         // A device that takes memory in gives it real pages too; what it never takes in stays free.
         let populate = if opener.is_some() { Populate::No } else { populate };
         let (known, written) = (Arrived::new(pages.memory_map()), Arrived::new(pages.memory_map()));
-        let barrier = Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, counts: (0, 0, 0) });
+        let barrier = Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, telling: 0, counts: (0, 0, 0) });
         let (passed, stop) = (Condvar::new(), AtomicBool::new(false));
         let shared = Arc::new(Shared { pages, tag, barrier, passed, stop, known, written, counters, events });
         let mut this =
@@ -139,7 +145,9 @@ impl ReceiveLanes {
     /// contents, is only told to stop.
     pub(crate) fn end(&mut self) {
         {
-            let _barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+            let barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+            let told = self.shared.passed.wait_timeout_while(barrier, TELL_MAX, |barrier| barrier.telling > 0);
+            let _barrier = told.unwrap_or_else(PoisonError::into_inner);
             self.shared.stop.store(true, Ordering::Relaxed);
         }
         self.shared.passed.notify_all();
@@ -194,7 +202,7 @@ impl Lane<'_> {
                     if !self.meet() {
                         return Ok(());
                     }
-                    self.lane.passed(round)?;
+                    self.tell(round)?;
                 }
                 LaneFrameKind::End => {
                     self.count_bytes();
@@ -275,8 +283,8 @@ impl Lane<'_> {
                 zero_pages: barrier.counts.1,
                 bytes_on_wire: bytes - barrier.counts.2,
             };
-            *barrier =
-                Barrier { lanes: barrier.lanes, round: barrier.round.saturating_add(1), waiting: 0, counts: (0, 0, bytes) };
+            let (lanes, round) = (barrier.lanes, barrier.round.saturating_add(1));
+            *barrier = Barrier { lanes, round, waiting: 0, telling: lanes, counts: (0, 0, bytes) };
             let _ = shared.events.send(LaneEvent::Round(counts));
             shared.passed.notify_all();
         }
@@ -287,7 +295,17 @@ impl Lane<'_> {
             barrier = shared.passed.wait(barrier).unwrap_or_else(PoisonError::into_inner);
         }
         self.round = barrier.round;
-        // The source is told also if the end has come meanwhile: its lane waits for it.
         true
+    }
+
+    /// Tells the source that every lane has reached the barrier of `round`, even if that was the last one and the lanes are about
+    /// to be ended: a source whose lane waits for it would take the end for a loss.
+    fn tell(&mut self, round: u32) -> io::Result<()> {
+        let told = self.lane.passed(round);
+        let mut barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+        barrier.telling = barrier.telling.saturating_sub(1);
+        drop(barrier);
+        self.shared.passed.notify_all();
+        told
     }
 }

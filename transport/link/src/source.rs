@@ -73,6 +73,13 @@ struct Driver {
     held: Option<(Moment, String)>,
 }
 
+impl Drop for Driver {
+    /// Whoever drops a migration in its middle waits for the lanes' threads, and those may wait for a key that never comes.
+    fn drop(&mut self) {
+        self.keys.close();
+    }
+}
+
 /// A migration that ended before it began.
 fn nothing(config: &SourceConfig, link: &dyn Link, outcome: SourceOutcome) -> (SourceOutcome, Report) {
     let measured = Measured {

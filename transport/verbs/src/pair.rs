@@ -307,8 +307,8 @@ impl QueuePair {
 
     /// The address that its packets come from, with its kind (RoCE version), as the kernel shows it.
     pub fn gid(&self) -> Option<GidReport> {
-        let gids = sysfs::port_gids(Path::new(sysfs::ROOT), self.domain.context().name(), self.path.port);
-        gids.into_iter().find(|gid| gid.index == u32::from(self.path.gid_index))
+        let device = self.domain.context().name();
+        sysfs::port_gid(Path::new(sysfs::ROOT), device, self.path.port, self.path.gid_index.into())
     }
 
     /// The other end's address and port.

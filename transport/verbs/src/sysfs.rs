@@ -22,6 +22,11 @@ pub(crate) fn port_gids(root: &Path, device: &str, port: u8) -> Vec<GidReport> {
     numbers(&port.join("gids")).into_iter().filter_map(|index| gid(&port, index)).collect()
 }
 
+/// The GID of one port at `index`: tables have up to 1024 entries, so that reading all of one takes its time.
+pub(crate) fn port_gid(root: &Path, device: &str, port: u8, index: u32) -> Option<GidReport> {
+    gid(&root.join(device).join("ports").join(port.to_string()), index)
+}
+
 fn gid(port: &Path, index: u32) -> Option<GidReport> {
     let read = |path: PathBuf| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let address: Ipv6Addr = read(port.join("gids").join(index.to_string()))?.parse().ok()?;
@@ -86,6 +91,8 @@ mod tests {
         assert_eq!(found[0].kind, GidKind::RoceV1);
         assert_eq!((found[1].kind, found[1].interface.as_deref()), (GidKind::RoceV2, Some("eth7")));
         assert_eq!(found[1].address(), "10.77.0.1".parse::<IpAddr>().unwrap());
+        assert_eq!(port_gid(root.path(), "mlx5_0", 1, 10).as_ref(), found.get(1));
+        assert_eq!(port_gid(root.path(), "mlx5_0", 1, 2), None);
     }
 
     #[test]

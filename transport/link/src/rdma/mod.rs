@@ -48,7 +48,7 @@ const WRITE_BYTES_MAX: u64 = 2 << 20;
 /// Bytes of one message with heads, seal included. The heads of 8 MiB of pages fit, whatever their runs.
 const MESSAGE_BYTES: u32 = 64 << 10;
 /// Messages that the source prepares at most before the first of them has arrived.
-const MESSAGES_AHEAD: u32 = 16;
+const MESSAGES_AHEAD: u32 = 8;
 /// Bytes of one message towards the source, and how many of them may be under way.
 const ANSWER_BYTES: u32 = 128;
 const ANSWERS: u32 = 16;
@@ -82,7 +82,7 @@ impl Default for RdmaSettings {
             trusted_fabric: AllowList::default(),
             on_demand: false,
             send_depth: 1024,
-            head_buffers: 32,
+            head_buffers: 16,
             batch_bytes: 8 << 20,
             window_bytes: 32 << 20,
             chunks_ahead: 4,

@@ -36,6 +36,7 @@ fn assert_report<S: Subject>(trial: &Trial<S>, report: &Report, lanes: u16) {
 /// A guest that writes moves whole: each page is compared when it is committed.
 pub async fn a_whole_migration<S: Subject>() {
     let trial = Trial::<S>::new(Plan { pause_between: Duration::from_micros(300), ..Plan::default() }).await;
+    trial.load_like_a_vmm();
     let (outcome, report) = trial.migrate().await;
     trial.assert_moved(&outcome);
     trial.settle().await;
@@ -47,6 +48,7 @@ pub async fn one_to_sixteen_lanes<S: Subject>() {
     for lanes in [1, 3, 8, 16] {
         let mut trial = Trial::<S>::new(Plan::default()).await;
         trial.sender.lanes = lanes;
+        trial.load_like_a_vmm();
         let (outcome, report) = trial.migrate().await;
         trial.assert_moved(&outcome);
         trial.settle().await;
@@ -98,6 +100,7 @@ pub async fn the_cap_holds_and_zeros_replace_data<S: Subject>() {
 pub async fn progress_is_told<S: Subject>() {
     let mut trial = Trial::<S>::new(Plan { pause_between: Duration::from_millis(20), ..Plan::default() }).await;
     trial.sender.settings.bandwidth_bytes_per_s = 2_500_000;
+    trial.load_like_a_vmm();
     let mut told = trial.sender.progress.subscribe();
     let listening = tokio::spawn(async move {
         let mut all: Vec<Progress> = Vec::new();

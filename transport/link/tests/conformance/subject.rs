@@ -1,7 +1,7 @@
 //! What the suite must know of a kind of link to test it, and a trial: one destination, one source, one guest. A new kind of link
 //! is a file that implements [`Subject`] and one line in `main.rs`. Nothing here knows a kind of link.
 
-use crate::toy::{Guest, Sender, Toy, ToyMemory, ToySettings, assert_moved, assert_stayed};
+use crate::toy::{Call, Fault, Guest, Sender, Toy, ToyMemory, ToySettings, assert_moved, assert_stayed};
 use limosa_link::{Cancel, Link};
 use limosa_proto::event::SourceOutcome;
 use limosa_proto::report::Report;
@@ -174,6 +174,13 @@ impl<S: Subject> Trial<S> {
 
     pub async fn wire(&self) -> Arc<dyn Wire> {
         self.subject.wire(&self.sender).await
+    }
+
+    /// Lets the destination take as long for loading as any VMM does. A toy is so quick that the guest may run there before the
+    /// source's lanes have had a core to say that they are done, and then the report does not have the last round.
+    pub fn load_like_a_vmm(&self) {
+        let load = || std::thread::sleep(Duration::from_millis(100));
+        self.toy().saw.faults.add(Call::Load, Fault::Then(Arc::new(load)));
     }
 
     /// Moves the guest.

@@ -262,7 +262,10 @@ impl Core {
             self.keepalive.lose();
             return Some(SourceEvent::LinkLost(format!("nothing was heard from the destination for {} s", silence.as_secs())));
         }
-        if let Some(nonce) = self.keepalive.due(self.now) {
+        // Hello is the first thing that a destination hears.
+        if let Some(nonce) = self.keepalive.due(self.now)
+            && self.progress.state != SourceState::Starting
+        {
             self.send(Message::Keepalive { nonce });
         }
         self.deadline.filter(|deadline| *deadline <= self.now)?;
