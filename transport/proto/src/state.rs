@@ -389,6 +389,7 @@ pub const SOURCE_TABLE: &[(SourceState, SourceInput, &[SourceState])] = {
         (Committed, I::LinkLost, &[Committed, Done]),
         (Committed, I::PeerFault, &[Committed, Done]),
         (Committed, I::Abort, &[Committed, Done]),
+        (Committed, I::PagesSent, &[Committed]),
         (Committed, I::HostFailed, &[Committed]),
         (Committed, I::Deadline, &[Committed, Done]),
         (Aborting, I::JournaledAborted, &[Aborting, Done]),

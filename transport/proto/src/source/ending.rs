@@ -254,6 +254,11 @@ impl Committed {
                     core.deadline = Some(self.until.min(core.now.after(core.config.deadlines.retry)));
                 }
             }
+            // A quick destination runs the guest before the lanes' last word is heard here; the report still wants it.
+            SourceEvent::PagesSent(sent) if core.progress.rounds.last().is_none_or(|last| last.round < sent.round) => {
+                core.record_round(sent, core.now.since(core.round_since), 0);
+                core.progress.pages_remaining = 0;
+            }
             SourceEvent::Timer if core.now < self.until => {
                 core.journal(JournalRecordKind::Running, "");
                 core.deadline = Some(self.until);

@@ -8,7 +8,7 @@ use limosa_proto::commit::JournalRecordKind;
 use limosa_proto::destination::{DestinationEvent, DestinationOutcome, Side};
 use limosa_proto::precopy::NoConvergence;
 use limosa_proto::report::{Measured, Outcome, Report};
-use limosa_proto::source::{SourceEvent, SourceOutcome};
+use limosa_proto::source::{RoundSent, SourceEvent, SourceOutcome};
 use limosa_proto::state::{DestinationState, SourceState};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::LaneToken;
@@ -449,6 +449,20 @@ fn a_source_that_lies_is_refused() {
     lies(DestinationState::Receiving, vec![Message::Keys(Keys { keys: vec![] })]);
     lies(DestinationState::Receiving, vec![Message::LinksAsk]);
     lies(DestinationState::Receiving, vec![Message::Probe(vec![])]);
+}
+
+#[test]
+fn a_destination_that_is_quicker_than_the_lanes_last_word_loses_no_round() {
+    let mut world = until(SourceState::Committed);
+    let source = world.source.as_mut().unwrap();
+    let rounds = source.progress().rounds.len();
+    let last = source.progress().rounds.last().unwrap().round;
+    let late = |round| RoundSent { round, pages: 3, zero_pages: 0, bytes_on_wire: 12_345 };
+    source.handle(world.now, SourceEvent::PagesSent(late(last)));
+    assert_eq!(source.progress().rounds.len(), rounds, "a round that is known counts once");
+    source.handle(world.now, SourceEvent::PagesSent(late(last + 1)));
+    assert_eq!(source.progress().rounds.last().map(|round| (round.round, round.bytes)), Some((last + 1, 12_345)));
+    assert_eq!(source.state(), SourceState::Committed);
 }
 
 fn until_there(state: DestinationState) -> World {
