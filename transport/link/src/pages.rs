@@ -37,7 +37,8 @@ pub trait Pages: Send + Sync + 'static {
     /// Names every page of `range` once, in order, as runs that are all zero (`true`) or not.
     fn scan(&self, range: PageRange, found: &mut dyn FnMut(PageRange, bool));
 
-    /// Makes `range` read as zeros.
+    /// Makes `range` read as zeros. Never by giving the memory back: a device that writes it directly would go on writing the
+    /// old pages.
     fn zero(&self, range: PageRange);
 
     /// The parts of `range` that may hold anything but zeros; pages never touched are left out, without touching them. Asked

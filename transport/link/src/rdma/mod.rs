@@ -83,7 +83,7 @@ impl Default for RdmaSettings {
             on_demand: false,
             send_depth: 1024,
             head_buffers: 16,
-            batch_bytes: 8 << 20,
+            batch_bytes: 16 << 20,
             window_bytes: 32 << 20,
             chunks_ahead: 4,
         }
