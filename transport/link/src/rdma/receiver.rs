@@ -14,7 +14,7 @@ use limosa_proto::wire::frame::{LANE_HEADER_BYTES, LaneFrameKind, LaneHeader, pa
 use limosa_verbs::{Completion, Payload, QueuePair, Receive, Send, Status, Verb, WaitError};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a lane whose queue pair broke keeps that to itself: the source's device alone was told why, so its words come first.
@@ -23,30 +23,10 @@ const SOURCE_FIRST: Duration = Duration::from_millis(600);
 const NAP: Duration = Duration::from_millis(20);
 /// How long a refusal may take to leave before the queue pair goes.
 const FAREWELL: Duration = Duration::from_millis(200);
-/// How long an end waits for the source to hear that a barrier was passed.
+/// How long telling the source that a barrier was passed may take.
 const PASSING: Duration = Duration::from_millis(300);
 /// What a peer that has gone means here.
 const GONE: io::ErrorKind = io::ErrorKind::UnexpectedEof;
-
-/// Holds an end back while the lane is at a barrier: once all lanes are, the migration may end at any moment, and the source's
-/// lane, which still waits to hear of it, would take that for a failure.
-#[derive(Debug, Default)]
-struct Passing {
-    at_barrier: Mutex<bool>,
-    over: Condvar,
-}
-
-impl Passing {
-    fn set(&self, at_barrier: bool) {
-        *self.at_barrier.lock().unwrap_or_else(PoisonError::into_inner) = at_barrier;
-        self.over.notify_all();
-    }
-
-    fn wait(&self) {
-        let at_barrier = self.at_barrier.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.over.wait_timeout_while(at_barrier, PASSING, |at_barrier| *at_barrier));
-    }
-}
 
 /// The receiving end of a lane.
 pub(super) struct RdmaReceiver {
@@ -68,7 +48,6 @@ pub(super) struct RdmaReceiver {
     next: usize,
     /// A frame whose runs come next.
     header: Option<LaneHeader>,
-    passing: Arc<Passing>,
     round: u32,
     bytes: u64,
     done: Vec<Completion>,
@@ -97,7 +76,6 @@ impl RdmaReceiver {
             body: Vec::new(),
             next: 0,
             header: None,
-            passing: Arc::default(),
             round: 0,
             bytes: 0,
             done: Vec::new(),
@@ -221,15 +199,12 @@ impl RdmaReceiver {
         Ok(())
     }
 
-    /// Follows the frames: so that barriers are known, hashes can be found, and zero pages are suspect no more.
+    /// Follows the frames: so that hashes can be found and zero pages are suspect no more.
     fn follow(&mut self, bytes: &[u8]) {
         match self.header.take() {
             None => {
                 let header = bytes.first_chunk::<LANE_HEADER_BYTES>().and_then(|bytes| LaneHeader::parse(bytes).ok());
                 self.round = header.map_or(self.round, |header| header.round);
-                if header.is_some_and(|header| header.kind == LaneFrameKind::Barrier) {
-                    self.passing.set(true);
-                }
                 self.header = header.filter(|header| header.runs > 0);
             }
             Some(header) if header.kind == LaneFrameKind::Zero && self.migration.page_check() => {
@@ -270,9 +245,8 @@ impl LaneReceiver for RdmaReceiver {
 
     fn passed(&mut self, round: u32) -> io::Result<()> {
         self.say(Kind::Passed, &round.to_le_bytes())?;
-        self.until_said(PASSING)?;
-        self.passing.set(false);
-        Ok(())
+        // An end waits for this call (`receiving.rs`), so that the source hears it even if the migration ends now.
+        self.until_said(PASSING)
     }
 
     fn acknowledge(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -288,20 +262,11 @@ impl LaneReceiver for RdmaReceiver {
     }
 
     fn closer(&self) -> io::Result<LaneCloser> {
-        let (closer, passing) = (self.pair.closer(), self.passing.clone());
-        Ok(LaneCloser::new(move || {
-            passing.wait();
-            closer.close();
-        }))
+        let closer = self.pair.closer();
+        Ok(LaneCloser::new(move || closer.close()))
     }
 
     fn bytes_on_wire(&self) -> u64 {
         self.bytes
-    }
-}
-
-impl Drop for RdmaReceiver {
-    fn drop(&mut self) {
-        self.passing.set(false);
     }
 }
