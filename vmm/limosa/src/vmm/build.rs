@@ -3,7 +3,7 @@
 
 use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
-    BootConfig, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
+    BootConfig, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
@@ -24,7 +24,7 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
     for (index, nic) in config.nics.iter().enumerate() {
         let bridge = bridge_of(nic, bridges)?;
         let tap = TapConfig::Name { name: tap_name(id, index), bridge };
-        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu });
+        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu, offload: nic.offload });
     }
     let memory = MemoryConfig {
         page_size: if config.huge_pages { PageSize::Huge2M } else { PageSize::Base },
@@ -33,7 +33,8 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
         ..MemoryConfig::new(config.memory)
     };
     let serial = serial(&config.serial).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
-    let machine = MachineConfig { nics, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let (rng, balloon) = (config.rng, config.balloon);
+    let machine = MachineConfig { nics, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
     Machine::new(machine).map_err(|e| words(&e))
 }
 
@@ -76,7 +77,7 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         memory,
         nics: config.nics.iter().map(nic).collect(),
         vmm: VMM_KIND.into(),
-        records: (1..=7).map(|kind| (kind, 1)).collect(),
+        records: Kind::all().collect(),
         config: text.as_bytes().to_vec(),
     })
 }
@@ -166,7 +167,7 @@ mod tests {
 
     #[test]
     fn unknown_networks_are_named() {
-        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500 };
+        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500, offload: true };
         assert_eq!(bridge_of(&nic, &[]), Ok(None));
         assert_eq!(bridge_of(&nic, &[("lan".into(), "br0".into())]), Ok(Some("br0".into())));
         let error = bridge_of(&nic, &[("wan".into(), "br1".into())]).unwrap_err();
