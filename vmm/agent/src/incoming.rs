@@ -5,6 +5,7 @@ use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
+use crate::disks;
 use crate::jobs::{Ending, unix_ms};
 use crate::links;
 use crate::outgoing::{host_error, resume};
@@ -23,6 +24,7 @@ use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
+use limosa_proto::wire::limits::REASONS_MAX;
 use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::path::Path;
@@ -75,6 +77,7 @@ impl Hosting for Reception {
             job,
             vm: None,
             runs: None,
+            disk_paths: Vec::new(),
             cancel: cancel.clone(),
             announce_end: Arc::default(),
         };
@@ -185,6 +188,8 @@ struct Receiving {
     vm: Option<Claim>,
     /// The guest once it runs here and is claimed no more.
     runs: Option<Arc<Vm>>,
+    /// The real paths of the guest's disks, as they were checked.
+    disk_paths: Vec<String>,
     cancel: Cancel,
     announce_end: Arc<AtomicBool>,
 }
@@ -204,7 +209,13 @@ impl DestinationHost for Receiving {
         if !plain_name(&vm.name) {
             return Err(Refusal::one(Code::Incompatible, format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name)));
         }
-        if let Some(refusal) = compat::refusal(compat::check(vm, &offer(&self.agent))) {
+        let mut reasons = compat::check(vm, &offer(&self.agent));
+        match disks::resolve(&self.agent.config.storage, vm) {
+            Ok(paths) => self.disk_paths = paths,
+            Err(more) => reasons.extend(more),
+        }
+        reasons.truncate(REASONS_MAX);
+        if let Some(refusal) = compat::refusal(reasons) {
             return Err(refusal);
         }
         let guest = Vm::new(vm.id, vm.name.clone(), VmState::Incoming);
@@ -223,7 +234,11 @@ impl DestinationHost for Receiving {
         guest.set_process(process);
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
-        let described = arrived.connection.prepare(vm, &self.agent.config.bridges()).map_err(host_error)?;
+        let mut description = vm.clone();
+        for (disk, path) in description.disks.iter_mut().zip(&self.disk_paths) {
+            disk.path.clone_from(path);
+        }
+        let described = arrived.connection.prepare(&description, &self.agent.config.bridges()).map_err(host_error)?;
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
         Ok(Arc::new(GuestPages(memory)))
     }

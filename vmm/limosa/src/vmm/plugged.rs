@@ -210,6 +210,7 @@ mod tests {
             vcpus: 1,
             memory,
             nics: vec![],
+            disks: vec![],
             vmm: "limosa".into(),
             records: vec![],
             config,
