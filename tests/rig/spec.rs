@@ -23,6 +23,8 @@ pub struct GuestSpec {
     pub vcpus: u32,
     /// The network of its NIC.
     pub network: String,
+    /// More of its configuration, as the file has it: `[[disk]]` sections.
+    pub sections: String,
 }
 
 impl GuestSpec {
@@ -37,6 +39,7 @@ impl GuestSpec {
             fill: "16M".into(),
             vcpus: 1,
             network: "lan".into(),
+            sections: String::new(),
         }
     }
 
@@ -58,6 +61,12 @@ impl GuestSpec {
         self
     }
 
+    /// With a disk on this image, of this format ("raw", "qcow2").
+    pub fn disk(mut self, image: &Path, format: &str) -> GuestSpec {
+        self.sections += &format!("\n[[disk]]\npath = {image:?}\nformat = \"{format}\"\n");
+        self
+    }
+
     /// Its MAC address: the capture's filter knows the first four bytes.
     pub fn mac(&self) -> String {
         format!("52:54:00:77:00:{:02x}", self.number)
@@ -75,10 +84,16 @@ impl GuestSpec {
 
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
-        let cmdline = format!("ws={} dirty={} fill={} ip={} heartbeat=50", self.ws, self.dirty, self.fill, self.ip());
+        let cmdline = format!(
+            "ws={} dirty={} fill={} ip={} heartbeat=50 virtio_mmio.device=4K@0xd0000000:5",
+            self.ws,
+            self.dirty,
+            self.fill,
+            self.ip()
+        );
         format!(
             "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
-             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
+             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n{}",
             self.name,
             self.memory,
             self.vcpus,
@@ -86,7 +101,8 @@ impl GuestSpec {
             self.mac(),
             self.network,
             self.ip(),
-            self.ip6()
+            self.ip6(),
+            self.sections
         )
     }
 }

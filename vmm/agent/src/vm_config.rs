@@ -35,6 +35,8 @@ pub struct NicConfig {
     pub vlan: Option<u16>,
     /// Largest packet in bytes, without the Ethernet header.
     pub mtu: u16,
+    /// Whether the guest may leave checksums and segmentation to the host.
+    pub offload: bool,
 }
 
 /// One disk of a guest.
@@ -48,6 +50,8 @@ pub struct DiskConfig {
     pub readonly: bool,
     /// The serial number that the guest sees; may be empty.
     pub serial: String,
+    /// The path was named by another host, and has been resolved by this one's agent: no symbolic link is followed in it.
+    pub resolved: bool,
 }
 
 /// A guest, as its file describes it.
@@ -77,6 +81,10 @@ pub struct VmConfig {
     pub nics: Vec<NicConfig>,
     /// Disks, in order.
     pub disks: Vec<DiskConfig>,
+    /// Whether it has a source of random bytes.
+    pub rng: bool,
+    /// Whether it has a balloon, through which it reports free pages.
+    pub balloon: bool,
 }
 
 impl VmConfig {
@@ -156,6 +164,8 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
     }
     let nics = read_nics(root.sections("nic"));
     let disks = read_disks(root.sections("disk"));
+    let rng = root.boolean("rng").unwrap_or(true);
+    let balloon = root.boolean("balloon").unwrap_or(true);
     root.close();
     Some(VmConfig {
         name: name?,
@@ -170,6 +180,8 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         serial,
         nics,
         disks,
+        rng,
+        balloon,
     })
 }
 
@@ -198,9 +210,10 @@ fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
         let small = |number: u64| u16::try_from(number).ok();
         let vlan = section.integer("vlan", 1..=4094).and_then(small);
         let mtu = section.integer("mtu", 576..=65_535).and_then(small).unwrap_or(1500);
+        let offload = section.boolean("offload").unwrap_or(true);
         section.close();
         if let (Some(mac), Some(network)) = (mac, network) {
-            nics.push(NicConfig { mac: mac.0, network, addresses, vlan, mtu });
+            nics.push(NicConfig { mac: mac.0, network, addresses, vlan, mtu, offload });
         }
     }
     nics
@@ -233,7 +246,7 @@ fn read_disks(sections: Vec<Section<'_, '_>>) -> Vec<DiskConfig> {
             section.problem("path", "is on the ninth disk", "a guest should have at most 8 disks");
         }
         section.close();
-        disks.extend(path.map(|path| DiskConfig { path, format, readonly, serial }));
+        disks.extend(path.map(|path| DiskConfig { path, format, readonly, serial, resolved: false }));
     }
     disks
 }
@@ -275,6 +288,7 @@ mod tests {
             format,
             readonly,
             serial: serial.into(),
+            resolved: false,
         };
         assert_eq!(config.disks, [disk("web.qcow2", None, false, ""), disk("/iso/cd", Some(ImageFormat::Raw), true, "cd")]);
     }

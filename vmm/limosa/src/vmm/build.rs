@@ -1,13 +1,14 @@
 //! From a guest's configuration to a machine: NICs with their bridges, the serial line's sink, memory.
 //! It boots nothing and answers nobody; `plugged` does.
 
-use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
+use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
-    BootConfig, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
+    BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
-use limosa_proto::wire::message::{NicDescription, VmDescription};
+use limosa_proto::wire::limits::PATH_BYTES_MAX;
+use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -24,7 +25,7 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
     for (index, nic) in config.nics.iter().enumerate() {
         let bridge = bridge_of(nic, bridges)?;
         let tap = TapConfig::Name { name: tap_name(id, index), bridge };
-        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu });
+        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu, offload: nic.offload });
     }
     let memory = MemoryConfig {
         page_size: if config.huge_pages { PageSize::Huge2M } else { PageSize::Base },
@@ -33,8 +34,16 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
         ..MemoryConfig::new(config.memory)
     };
     let serial = serial(&config.serial).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
-    let machine = MachineConfig { nics, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let (rng, balloon) = (config.rng, config.balloon);
+    let disks = config.disks.iter().map(disk).collect();
+    let machine = MachineConfig { nics, disks, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
     Machine::new(machine).map_err(|e| words(&e))
+}
+
+fn disk(disk: &DiskConfig) -> MachineDisk {
+    let format = disk.format.map(|format| if format == ImageFormat::Raw { DiskFormat::Raw } else { DiskFormat::Qcow2 });
+    let DiskConfig { path, readonly, serial, resolved, .. } = disk.clone();
+    MachineDisk { path, format, readonly, serial, resolved }
 }
 
 fn bridge_of(nic: &NicConfig, bridges: &[(String, String)]) -> Result<Option<String>, String> {
@@ -69,14 +78,25 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         vlan: nic.vlan,
         addresses: nic.addresses.clone(),
     };
+    let disk = |(disk, info): (&DiskConfig, DiskInfo)| {
+        let path = std::path::absolute(&disk.path).map_err(|e| format!("disk {}: {e}", disk.path.display()))?;
+        let told = path.to_str().filter(|path| path.len() <= PATH_BYTES_MAX && !path.chars().any(char::is_control));
+        let words = || format!("disk {}: its path is no plain text of at most {PATH_BYTES_MAX} bytes", path.display());
+        let path = told.ok_or_else(words)?.to_owned();
+        let format = if info.format == DiskFormat::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+        let (readonly, serial) = (disk.readonly, disk.serial.clone());
+        Ok(DiskDescription { path, format, readonly, bytes: info.bytes, serial, token: [0; 32] })
+    };
+    let disks = config.disks.iter().zip(machine.disks()).map(disk).collect::<Result<Vec<_>, String>>()?;
     Ok(VmDescription {
         id,
         name: config.name.clone(),
         vcpus: config.vcpus,
         memory,
         nics: config.nics.iter().map(nic).collect(),
+        disks,
         vmm: VMM_KIND.into(),
-        records: (1..=7).map(|kind| (kind, 1)).collect(),
+        records: Kind::all().collect(),
         config: text.as_bytes().to_vec(),
     })
 }
@@ -166,7 +186,7 @@ mod tests {
 
     #[test]
     fn unknown_networks_are_named() {
-        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500 };
+        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500, offload: true };
         assert_eq!(bridge_of(&nic, &[]), Ok(None));
         assert_eq!(bridge_of(&nic, &[("lan".into(), "br0".into())]), Ok(Some("br0".into())));
         let error = bridge_of(&nic, &[("wan".into(), "br1".into())]).unwrap_err();

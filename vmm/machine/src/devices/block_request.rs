@@ -80,6 +80,25 @@ fn split(pieces: Vec<Piece>, mut count: u64) -> (Vec<Piece>, Vec<Piece>) {
     (head, rest)
 }
 
+/// The first `count` bytes of the pieces, or all of them.
+pub(crate) fn first(pieces: &[Piece], count: u64) -> Vec<Piece> {
+    split(pieces.to_vec(), count).0
+}
+
+/// The pieces in batches of at most `most` bytes (not 0), cut where that is needed.
+pub(crate) fn batches(pieces: &[Piece], most: u64) -> Vec<Vec<Piece>> {
+    let mut all = Vec::new();
+    let mut rest = pieces.to_vec();
+    loop {
+        let (batch, more) = split(rest, most);
+        if batch.is_empty() {
+            return all;
+        }
+        all.push(batch);
+        rest = more;
+    }
+}
+
 /// Finds the parts of a chain, however the driver cut it into segments; none without room for header or status.
 pub(crate) fn lay_out(segments: &[Segment]) -> Option<Layout> {
     let of = |writable: bool| {
@@ -231,6 +250,15 @@ mod tests {
         for without in [&usual[..1], &usual[1..], &[segment(0, 15, false), segment(0, 1, true)], &[]] {
             assert_eq!(lay_out(without), None);
         }
+    }
+
+    #[test]
+    fn data_is_carried_in_batches() {
+        let pieces = [(0, 10), (0x100, 25), (0x200, 5)];
+        let expected = vec![vec![(0, 10), (0x100, 10)], vec![(0x10a, 15), (0x200, 5)]];
+        assert_eq!(batches(&pieces, 20), expected);
+        assert_eq!((batches(&[], 20), batches(&[(7, 0)], 20)), (vec![], vec![]));
+        assert_eq!((first(&pieces, 12), first(&pieces, 99)), (vec![(0, 10), (0x100, 2)], pieces.to_vec()));
     }
 
     #[test]

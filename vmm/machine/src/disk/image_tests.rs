@@ -24,6 +24,7 @@ fn qemu(program: &str, words: &[&str], path: &Path) -> Output {
 fn has_qemu() -> bool {
     let there = ["qemu-img", "qemu-io"].iter().all(|program| Command::new(program).arg("--version").output().is_ok());
     if !there {
+        assert!(std::env::var_os("LIMOSA_DEMAND_ALL").is_none_or(|value| value != "1"), "qemu-img and qemu-io are demanded");
         println!("skipped: no qemu-img or qemu-io here (packaging/setup.sh all)");
     }
     there
