@@ -39,7 +39,12 @@ fn holders(image: &Path, of: &[u32]) -> Vec<u32> {
 /// The one VMM of `host` holds the image, and none of the other host does.
 fn held_by(image: &Path, host: &Host, other: &Host) -> Result<()> {
     let vmms = host.vmms(None);
-    ensure!(vmms.len() == 1 && holders(image, &vmms) == vmms, "{}: {:?} of {vmms:?} hold the image", host.name, holders(image, &vmms));
+    ensure!(
+        vmms.len() == 1 && holders(image, &vmms) == vmms,
+        "{}: {:?} of {vmms:?} hold the image",
+        host.name,
+        holders(image, &vmms)
+    );
     let others = other.vmms(None);
     ensure!(holders(image, &others).is_empty(), "{}: {others:?} hold the image too", other.name);
     Ok(())

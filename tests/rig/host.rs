@@ -120,7 +120,9 @@ impl AgentConfig {
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
         }
-        for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("storage", &self.storage)] {
+        for (name, section) in
+            [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("storage", &self.storage)]
+        {
             writeln!(text, "\n[{name}]")?;
             for (key, value) in section {
                 writeln!(text, "{key} = {value}")?;

@@ -12,8 +12,8 @@ use limosa_proto::wire::frame::{
 };
 use limosa_proto::wire::limits::MESSAGE_BYTES_MAX;
 use limosa_proto::wire::message::{
-    Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, ReadyTimes, Reason, Refusal, RunningTimes, VerdictAnswer,
-    VmDescription,
+    Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, ReadyTimes, Reason, Refusal,
+    RunningTimes, VerdictAnswer, VmDescription,
 };
 use limosa_proto::wire::offer::{Keys, KeysAsk, LinkAddress, LinkOffer, MemoryKey};
 use proptest::prelude::*;

@@ -85,7 +85,8 @@ pub(crate) fn mark(state_dir: &Path, vm: &mut VmDescription) -> Result<Marks, St
         let mark = mark_file(&image, &token).ok_or_else(|| told(&"its name is no UTF-8"))?;
         let note = state_dir.join(NOTES).join(hex(name));
         // The note first: a mark is never without one.
-        let noted = std::fs::create_dir_all(state_dir.join(NOTES)).and_then(|()| std::fs::write(&note, mark.as_os_str().as_encoded_bytes()));
+        let noted = std::fs::create_dir_all(state_dir.join(NOTES))
+            .and_then(|()| std::fs::write(&note, mark.as_os_str().as_encoded_bytes()));
         noted.map_err(|e| told(&format_args!("its mark cannot be noted in {}: {e}", note.display())))?;
         marks.files.push((mark.clone(), note));
         let written = File::options().write(true).create_new(true).mode(0o600).open(&mark).and_then(|mut file| {
@@ -93,7 +94,10 @@ pub(crate) fn mark(state_dir: &Path, vm: &mut VmDescription) -> Result<Marks, St
             file.sync_all()
         });
         written.map_err(|e| {
-            told(&format_args!("no mark can be written beside it ({}: {e}), so that nobody could prove that the destination has the same file", mark.display()))
+            told(&format_args!(
+                "no mark can be written beside it ({}: {e}), so that nobody could prove that the destination has the same file",
+                mark.display()
+            ))
         })?;
         disk.token = token;
     }
@@ -180,7 +184,8 @@ fn in_shared_folder(storage: &Storage, path: &str) -> Result<PathBuf, Objection>
 
 fn open(disk: &DiskDescription, path: &Path) -> Result<File, Objection> {
     let purpose = if disk.readonly { "reading" } else { "writing" };
-    let missing = |error: std::io::Error| ("disk-missing", format!("it cannot be opened for {purpose} at the destination: {error}"));
+    let missing =
+        |error: std::io::Error| ("disk-missing", format!("it cannot be opened for {purpose} at the destination: {error}"));
     let access = if disk.readonly { OFlag::O_RDONLY } else { OFlag::O_RDWR };
     let file = open_real(path, access).map_err(missing)?;
     let kind = file.metadata().map_err(missing)?.file_type();

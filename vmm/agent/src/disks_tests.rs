@@ -110,7 +110,15 @@ fn only_shared_folders_are_looked_into() {
     let escape = place.folder.join("escape");
     std::os::unix::fs::symlink(&outside, &escape).unwrap();
     let dotted = place.folder.join("../vm/web.raw");
-    for path in [outside.as_path(), &escape, &dotted, Path::new("/etc/passwd"), Path::new("/no/such"), Path::new("web.raw"), &place.folder] {
+    for path in [
+        outside.as_path(),
+        &escape,
+        &dotted,
+        Path::new("/etc/passwd"),
+        Path::new("/no/such"),
+        Path::new("web.raw"),
+        &place.folder,
+    ] {
         vm.disks[0].path = path.display().to_string();
         assert_eq!(objection(&shared, &vm).0, if path == place.folder { "disk-missing" } else { "disk-folder" }, "{path:?}");
     }

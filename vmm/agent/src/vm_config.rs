@@ -240,7 +240,11 @@ fn read_disks(sections: Vec<Section<'_, '_>>) -> Vec<DiskConfig> {
         let readonly = section.boolean("readonly").unwrap_or(false);
         let serial = section.string("serial").unwrap_or_default();
         if serial.len() > SERIAL_BYTES_MAX || serial.chars().any(char::is_control) {
-            section.problem("serial", format_args!("is {serial:?}"), "it should have at most 20 bytes, and no control characters");
+            section.problem(
+                "serial",
+                format_args!("is {serial:?}"),
+                "it should have at most 20 bytes, and no control characters",
+            );
         }
         if index >= DISKS_MAX {
             section.problem("path", "is on the ninth disk", "a guest should have at most 8 disks");

@@ -3,7 +3,8 @@
 
 use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
-    BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
+    BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig,
+    NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};

@@ -270,8 +270,7 @@ mod tests {
         assert_eq!(command(header(11, 0), 32, 0, DISK), Ok(Command::Discard));
         assert_eq!(command(header(13, 0), 16, 0, DISK), Ok(Command::Zero));
         let list = [range(1, 2, 0), range(50, 50, 0)].concat();
-        let expected =
-            [Range { offset: 512, bytes: 1024, unmap: false }, Range { offset: 25_600, bytes: 25_600, unmap: false }];
+        let expected = [Range { offset: 512, bytes: 1024, unmap: false }, Range { offset: 25_600, bytes: 25_600, unmap: false }];
         assert_eq!(ranges(&list, false, DISK).unwrap(), expected);
         assert!(ranges(&range(1, 2, 1), true, DISK).unwrap()[0].unmap);
     }

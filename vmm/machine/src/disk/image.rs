@@ -104,9 +104,9 @@ fn open_format(config: &DiskConfig, format: DiskFormat, file: &File, write: bool
         DiskFormat::Qcow2 => {
             let builder = Qcow2::<Storage>::builder(storage).write(write);
             let qcow2 = builder.open(DenyImplicitOpenGate::default()).map_err(|error| match error.kind() {
-                ErrorKind::PermissionDenied => {
-                    wrong("it has a backing file or an external data file; `qemu-img convert -O qcow2` makes one image of them".into())
-                }
+                ErrorKind::PermissionDenied => wrong(
+                    "it has a backing file or an external data file; `qemu-img convert -O qcow2` makes one image of them".into(),
+                ),
                 _ => wrong(error.to_string()),
             })?;
             Ok(FormatAccess::new(qcow2))

@@ -243,7 +243,16 @@ fn images_that_name_other_files_are_refused() {
     assert!(words.contains("external data file"), "{words}");
     let encrypted = dir.path().join("luks.qcow2");
     let output = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s"])
+        .args([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "--object",
+            "secret,id=s,data=abc",
+            "-o",
+            "encrypt.format=luks,encrypt.key-secret=s",
+        ])
         .args(["-o", "encrypt.iter-time=10"])
         .arg(&encrypted)
         .arg("8M")

@@ -27,7 +27,13 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 const SEARCH_MAX: usize = 200_000;
 
 fn range(kind: i32, (start, bytes): (i64, i64)) -> libc::flock {
-    libc::flock { l_type: kind as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: start, l_len: bytes, l_pid: 0 }
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: bytes,
+        l_pid: 0,
+    }
 }
 
 fn set(file: &File, kind: i32, bytes: (i64, i64)) -> Result<(), Errno> {
