@@ -25,7 +25,7 @@ use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::REASONS_MAX;
-use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reason, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::path::Path;
 use std::sync::Arc;
@@ -77,7 +77,6 @@ impl Hosting for Reception {
             job,
             vm: None,
             runs: None,
-            disk_paths: Vec::new(),
             cancel: cancel.clone(),
             announce_end: Arc::default(),
         };
@@ -181,6 +180,14 @@ pub(crate) fn offer(agent: &Agent) -> HostOffer {
     }
 }
 
+/// Every reason why `vm` cannot run on this host; nothing is changed. May take two seconds.
+pub(crate) fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
+    let mut reasons = compat::check(vm, &offer(agent));
+    reasons.extend(disks::reasons(&agent.config.storage, vm));
+    reasons.truncate(REASONS_MAX);
+    reasons
+}
+
 /// The destination's host: the VMM that is made for the guest, and the journal.
 struct Receiving {
     agent: Arc<Agent>,
@@ -188,8 +195,6 @@ struct Receiving {
     vm: Option<Claim>,
     /// The guest once it runs here and is claimed no more.
     runs: Option<Arc<Vm>>,
-    /// The real paths of the guest's disks, as they were checked.
-    disk_paths: Vec<String>,
     cancel: Cancel,
     announce_end: Arc<AtomicBool>,
 }
@@ -209,13 +214,7 @@ impl DestinationHost for Receiving {
         if !plain_name(&vm.name) {
             return Err(Refusal::one(Code::Incompatible, format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name)));
         }
-        let mut reasons = compat::check(vm, &offer(&self.agent));
-        match disks::resolve(&self.agent.config.storage, vm) {
-            Ok(paths) => self.disk_paths = paths,
-            Err(more) => reasons.extend(more),
-        }
-        reasons.truncate(REASONS_MAX);
-        if let Some(refusal) = compat::refusal(reasons) {
+        if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
         let guest = Vm::new(vm.id, vm.name.clone(), VmState::Incoming);
@@ -235,8 +234,13 @@ impl DestinationHost for Receiving {
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
         let mut description = vm.clone();
-        for (disk, path) in description.disks.iter_mut().zip(&self.disk_paths) {
-            disk.path.clone_from(path);
+        // Looked at again: the VMM gets paths without links, and follows none in them.
+        let paths = disks::resolve(&self.agent.config.storage, vm);
+        let paths = paths.map_err(|reasons| {
+            HostError::new(reasons.iter().map(|reason| reason.words.as_str()).collect::<Vec<_>>().join("; "))
+        })?;
+        for (disk, path) in description.disks.iter_mut().zip(paths) {
+            disk.path = path;
         }
         let described = arrived.connection.prepare(&description, &self.agent.config.bridges()).map_err(host_error)?;
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
