@@ -265,11 +265,6 @@ impl Disk {
             self.syncing.store(false, Ordering::Release);
         }
     }
-
-    /// The image's path, for words.
-    pub(crate) fn path(&self) -> &Path {
-        &self.config.path
-    }
 }
 
 fn flush(open: &FormatAccess<Storage>) -> Result<(), Error> {
