@@ -48,7 +48,7 @@ pub use boot::{BootConfig, BootError};
 pub use config::{MachineConfig, NicConfig, TapConfig};
 pub use devices::serial::SerialSink;
 pub use dirty::DirtyError;
-pub use disk::image::look_at_disk;
+pub use disk::image::{disk_is_free, look_at_disk};
 pub use disk::{DiskConfig, DiskError, DiskFormat, DiskInfo};
 pub use error::{AccessError, BuildError, LoadError, SaveError};
 pub use event::{Events, MachineEvent};

@@ -1,6 +1,8 @@
 //! From a guest's configuration to a machine: NICs with their bridges, the serial line's sink, memory.
 //! It boots nothing and answers nobody; `plugged` does.
 
+use super::console::Console;
+use super::sandbox::{self, Files};
 use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
     BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig,
@@ -19,9 +21,35 @@ pub(super) const VMM_KIND: &str = "limosa";
 /// A guest's serial log is emptied when it has grown to this size, so that a chatty guest does not fill the disk.
 const LOG_BYTES_MAX: u64 = 64 << 20;
 
+/// The files that a VMM of this guest opens.
+pub(super) fn files(config: &VmConfig) -> Result<Files, String> {
+    let mut files = Files::of_a_machine();
+    files.read.extend(std::iter::once(config.kernel.clone()).chain(config.initramfs.clone()));
+    if let Serial::File(path) = &config.serial {
+        files.write.push(sandbox::touched(path)?);
+    }
+    for disk in &config.disks {
+        let list = if disk.readonly { &mut files.read } else { &mut files.write };
+        list.push(disk.path.clone());
+    }
+    Ok(files)
+}
+
+/// Whether a guest can be started on its disks. Asked before the fences are up: from behind them nobody can be named who has
+/// an image locked.
+pub(super) fn check_disks(config: &VmConfig) -> Result<(), String> {
+    config.disks.iter().try_for_each(|one| limosa_machine::disk_is_free(&disk(one))).map_err(|e| words(&e))
+}
+
 /// Builds the machine; `bridges` says which bridge each network has on this host, or is none where the VMM runs
 /// without an agent and its NICs may stay unplugged.
-pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)], populate: bool) -> Result<Machine, String> {
+pub(super) fn machine(
+    config: &VmConfig,
+    id: VmId,
+    bridges: &[(String, String)],
+    populate: bool,
+    console: Option<&Console>,
+) -> Result<Machine, String> {
     let mut nics = Vec::new();
     for (index, nic) in config.nics.iter().enumerate() {
         let bridge = bridge_of(nic, bridges)?;
@@ -34,7 +62,7 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
         thp: config.thp,
         ..MemoryConfig::new(config.memory)
     };
-    let serial = serial(&config.serial).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
+    let serial = serial(&config.serial, console).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
     let (rng, balloon) = (config.rng, config.balloon);
     let disks = config.disks.iter().map(disk).collect();
     let machine = MachineConfig { nics, disks, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
@@ -113,15 +141,17 @@ pub(super) fn memory(machine: &Machine) -> Result<Vec<(OwnedFd, u64)>, String> {
         .map_err(|e| format!("a memory descriptor cannot be copied: {e}"))
 }
 
-fn serial(serial: &Serial) -> io::Result<SerialSink> {
-    Ok(match serial {
-        Serial::Off => SerialSink::Null,
-        Serial::Stdout => SerialSink::Writer(Box::new(Log::new(io::stdout().as_fd().try_clone_to_owned()?.into()))),
-        Serial::File(path) => {
-            let file = OpenOptions::new().append(true).create(true).open(path)?;
-            SerialSink::Writer(Box::new(Log::new(file)))
-        }
-    })
+fn serial(serial: &Serial, console: Option<&Console>) -> io::Result<SerialSink> {
+    let log: Box<dyn Write + Send> = match serial {
+        Serial::Off if console.is_none() => return Ok(SerialSink::Null),
+        Serial::Off => Box::new(io::sink()),
+        Serial::Stdout => Box::new(Log::new(io::stdout().as_fd().try_clone_to_owned()?.into())),
+        Serial::File(path) => Box::new(Log::new(OpenOptions::new().append(true).create(true).open(path)?)),
+    };
+    Ok(SerialSink::Writer(match console {
+        Some(console) => Box::new(console.tee(log)),
+        None => log,
+    }))
 }
 
 /// A file that never grows beyond [`LOG_BYTES_MAX`]; anything that is no regular file is simply written to.

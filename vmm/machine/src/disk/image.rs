@@ -54,6 +54,15 @@ pub fn look_at_disk(config: &DiskConfig) -> Result<DiskInfo, DiskError> {
     Disk::open(config.clone()).map(|disk| disk.info)
 }
 
+/// Whether nobody has an image locked, so that a guest can be started on it.
+///
+/// # Errors
+/// When somebody has, and who; also when a guest could not use it for another reason.
+pub fn disk_is_free(config: &DiskConfig) -> Result<(), DiskError> {
+    // The lock goes with it.
+    Disk::open(config.clone())?.take(Duration::ZERO)
+}
+
 fn open_file(config: &DiskConfig) -> Result<File, DiskError> {
     let purpose = if config.readonly { "reading" } else { "reading and writing" };
     let failed = |source| DiskError::Open { path: config.path.clone(), purpose, source };
