@@ -5,6 +5,7 @@
 use crate::checked::{ConfigError, Problems, Section, read_text};
 use crate::config::{NAME_WANTS, plain_name};
 use limosa_proto::identity::VmId;
+use limosa_proto::wire::message::NicDescription;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -33,6 +34,15 @@ pub struct NicConfig {
     pub vlan: Option<u16>,
     /// Largest packet in bytes, without the Ethernet header.
     pub mtu: u16,
+}
+
+impl NicConfig {
+    /// The NIC as it is described to the agent and to other hosts.
+    #[must_use]
+    pub fn describe(&self) -> NicDescription {
+        let (mac, network, mtu) = (self.mac, self.network.clone(), self.mtu);
+        NicDescription { mac, network, mtu, vlan: self.vlan, addresses: self.addresses.clone() }
+    }
 }
 
 /// A guest, as its file describes it.
@@ -97,6 +107,19 @@ impl VmConfig {
 pub fn tap_name(id: VmId, index: usize) -> String {
     let text: String = id.to_string().chars().take(9).collect();
     format!("lim{text}.{index}")
+}
+
+/// What the agent tells a VMM of a network: its bridge, and behind a colon its VLAN there if it has one, as in "br0:100". No
+/// interface has a colon in its name.
+///
+/// # Errors
+/// What is behind the colon is no VLAN.
+pub fn bridge_and_vlan(text: &str) -> Result<(&str, Option<u16>), String> {
+    let Some((bridge, vlan)) = text.split_once(':') else { return Ok((text, None)) };
+    match vlan.parse() {
+        Ok(number @ 1..=4094) => Ok((bridge, Some(number))),
+        _ => Err(format!("{text:?} has no VLAN behind the colon: it should be a number from 1 to 4094, as in \"br0:100\"")),
+    }
 }
 
 fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {

@@ -130,7 +130,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, caps: &Capabilities) -> Result
 
 fn create_nic(vm: &VmFd, ram: &Arc<Ram>, events: &Arc<Events>, index: usize, nic: NicConfig) -> Result<NetDevice, BuildError> {
     let tap = match nic.tap {
-        TapConfig::Name { name, bridge } => Tap::open(&name, bridge.as_deref(), nic.mtu)?,
+        TapConfig::Name { name, bridge, vlan } => Tap::open(&name, bridge.as_deref(), vlan, nic.mtu)?,
         TapConfig::Fd(fd) => Tap::from_fd(fd, &format!("net{index}"))?,
     };
     // At most 19 cards (checked), so neither sum leaves its range.
