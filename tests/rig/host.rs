@@ -32,6 +32,8 @@ pub struct AgentConfig {
     pub peers: Vec<String>,
     /// `[[network]]` name and bridge.
     pub networks: Vec<(String, String)>,
+    /// Keys of each `[[network]]` beside these.
+    pub network: BTreeMap<String, String>,
     /// Keys of `[migration]`, as TOML writes their values.
     pub migration: BTreeMap<String, String>,
     /// Keys of `[agent]` beside the ones that the rig sets.
@@ -47,6 +49,7 @@ impl Default for AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
             networks: vec![("lan".into(), "br0".into())],
+            network: BTreeMap::new(),
             migration: BTreeMap::from([("link".into(), "\"tcp\"".into())]),
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
@@ -91,6 +94,12 @@ impl AgentConfig {
         self
     }
 
+    /// Sets one key of every `[[network]]`.
+    pub fn network(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.network.insert(key.to_owned(), value.to_string());
+        self
+    }
+
     fn text(&self, host: &Host) -> Result<String> {
         let mut text = String::new();
         writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{}\"]", host.name, host.address())?;
@@ -101,6 +110,9 @@ impl AgentConfig {
         writeln!(text, "\n[allow]\npeers = {:?}", self.peers)?;
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
+            for (key, value) in &self.network {
+                writeln!(text, "{key} = {value}")?;
+            }
         }
         for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma)] {
             writeln!(text, "\n[{name}]")?;

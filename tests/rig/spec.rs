@@ -23,6 +23,12 @@ pub struct GuestSpec {
     pub vcpus: u32,
     /// The network of its NIC.
     pub network: String,
+    /// The number in its MAC, where that is not its own.
+    pub mac_number: Option<u8>,
+    /// Whether its file names its addresses.
+    pub addresses_known: bool,
+    /// More lines of its NIC, as TOML has them.
+    pub nic: String,
 }
 
 impl GuestSpec {
@@ -37,6 +43,9 @@ impl GuestSpec {
             fill: "16M".into(),
             vcpus: 1,
             network: "lan".into(),
+            mac_number: None,
+            addresses_known: true,
+            nic: String::new(),
         }
     }
 
@@ -58,9 +67,28 @@ impl GuestSpec {
         self
     }
 
+    /// With the MAC of the guest of another number.
+    pub fn mac_of(mut self, number: u8) -> GuestSpec {
+        self.mac_number = Some(number);
+        self
+    }
+
+    /// With one more line for its NIC, as TOML has it.
+    pub fn nic(mut self, line: &str) -> GuestSpec {
+        self.nic.push_str(line);
+        self.nic.push('\n');
+        self
+    }
+
+    /// With a file that does not name its addresses.
+    pub fn addresses_unknown(mut self) -> GuestSpec {
+        self.addresses_known = false;
+        self
+    }
+
     /// Its MAC address: the capture's filter knows the first four bytes.
     pub fn mac(&self) -> String {
-        format!("52:54:00:77:00:{:02x}", self.number)
+        format!("52:54:00:77:00:{:02x}", self.mac_number.unwrap_or(self.number))
     }
 
     /// Its IPv4 address.
@@ -75,18 +103,19 @@ impl GuestSpec {
 
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
+        let addresses = format!("addresses = [\"{}\", \"{}\"]\n", self.ip(), self.ip6());
+        let addresses = if self.addresses_known { addresses.as_str() } else { "" };
         let cmdline = format!("ws={} dirty={} fill={} ip={} heartbeat=50", self.ws, self.dirty, self.fill, self.ip());
         format!(
             "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
-             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
+             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\n{addresses}{}",
             self.name,
             self.memory,
             self.vcpus,
             kernel.display(),
             self.mac(),
             self.network,
-            self.ip(),
-            self.ip6()
+            self.nic
         )
     }
 }

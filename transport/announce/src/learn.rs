@@ -88,11 +88,10 @@ pub fn claim(mac: [u8; 6], way: Way, frame: &[u8]) -> Option<Claim> {
     let own = ethernet.src_addr() == EthernetAddress(mac);
     // What the guest sends with another source is of a machine behind it; what comes to it with its own is this host's
     // announcement of it.
-    let from_guest = match (way, own) {
-        (Way::FromGuest, own) => own,
-        (Way::ToGuest, true) => return None,
-        (Way::ToGuest, false) => false,
-    };
+    let from_guest = way == Way::FromGuest;
+    if from_guest != own {
+        return None;
+    }
     match ethernet.ethertype() {
         EthernetProtocol::Arp => arp(mac, from_guest, ethernet.payload()),
         EthernetProtocol::Ipv6 => neighbour(from_guest, ethernet.payload()),

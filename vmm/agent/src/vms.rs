@@ -220,10 +220,10 @@ impl Vms {
         let mut macs_taken = networks::mac_holders();
         macs_taken.extend(self.macs_taken(&config.name));
         let offer = HostOffer { networks: networks::offers(&agent.config), macs_taken, ..HostOffer::default() };
-        match compat::refusal(compat::nic_reasons(&nics, &offer, "this host")) {
-            None => Ok(()),
-            Some(refusal) => Err(ApiError::refused(refusal.code.id(), format!("{}: {}", config.name, refusal.words()))),
-        }
+        let reasons = compat::nic_reasons(&nics, &offer, "this host");
+        let Some(first) = reasons.first().map(|reason| reason.id.clone()) else { return Ok(()) };
+        let words: Vec<String> = reasons.into_iter().map(|reason| reason.words).collect();
+        Err(ApiError::refused(&first, format!("{}: {}", config.name, words.join("; "))))
     }
 
     fn hold(&self, name: &str, macs: Vec<[u8; 6]>) -> Result<Starting<'_>, ApiError> {
