@@ -440,6 +440,17 @@ mod tests {
     }
 
     #[test]
+    fn networks_have_a_bridge_and_perhaps_a_vlan() {
+        let text = "[[network]]\nname = \"lan\"\nbridge = \"br0\"\nvlan = 100\nlearn = false\n[[network]]\nname = \"wan\"\nbridge = \"br1\"\n";
+        let config = parse(text).unwrap();
+        let pair = |network: &str, bridge: &str| (network.to_owned(), bridge.to_owned());
+        assert_eq!(config.bridges(), [pair("lan", "br0:100"), pair("wan", "br1")]);
+        assert_eq!(config.networks.iter().map(|network| network.learn).collect::<Vec<_>>(), [false, true]);
+        let error = parse("[[network]]\nname = \"lan\"\nbridge = \"br0:100\"\n").unwrap_err().to_string();
+        assert!(error.contains("network.bridge is \"br0:100\""), "a VLAN has a key of its own: {error}");
+    }
+
+    #[test]
     fn every_problem_is_named_with_its_line() {
         let text = "[agent]\nlisten = [\"nowhere\"]\nnmae = \"x\"\n\n[migration]\nlanes = 40\ndowntime_target_ms = \"fast\"\n\
                     on_no_convergence = \"hope\"\n[allow]\npeers = [\"10.0.0.0/99\"]\n[[network]]\nname = \"lan\"\n";
