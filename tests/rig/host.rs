@@ -32,6 +32,8 @@ pub struct AgentConfig {
     pub peers: Vec<String>,
     /// `[[network]]` name and bridge.
     pub networks: Vec<(String, String)>,
+    /// Keys of each `[[network]]` beside these.
+    pub network: BTreeMap<String, String>,
     /// Keys of `[migration]`, as TOML writes their values.
     pub migration: BTreeMap<String, String>,
     /// Keys of `[agent]` beside the ones that the rig sets.
@@ -51,6 +53,7 @@ impl Default for AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
             networks: vec![("lan".into(), "br0".into())],
+            network: BTreeMap::new(),
             migration: BTreeMap::from([("link".into(), "\"tcp\"".into())]),
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
@@ -109,6 +112,12 @@ impl AgentConfig {
         self
     }
 
+    /// Sets one key of every `[[network]]`.
+    pub fn network(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.network.insert(key.to_owned(), value.to_string());
+        self
+    }
+
     fn text(&self, host: &Host) -> Result<String> {
         let mut text = String::new();
         writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{}\"]", host.name, host.address())?;
@@ -119,6 +128,9 @@ impl AgentConfig {
         writeln!(text, "\n[allow]\npeers = {:?}", self.peers)?;
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
+            for (key, value) in &self.network {
+                writeln!(text, "{key} = {value}")?;
+            }
         }
         for (name, section) in
             [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("storage", &self.storage)]
@@ -144,7 +156,7 @@ pub struct Host {
     dir: PathBuf,
     config: AgentConfig,
     agent: Option<Process>,
-    commands: std::cell::Cell<u32>,
+    commands: std::sync::atomic::AtomicU32,
 }
 
 impl Host {
@@ -156,7 +168,7 @@ impl Host {
             netns.ip(words)?;
         }
         netns.ip(&format!("addr add {ip}/24 dev br0"))?;
-        let commands = std::cell::Cell::new(0);
+        let commands = std::sync::atomic::AtomicU32::new(0);
         Ok(Host { name: name.to_owned(), netns, ip, dir, config: AgentConfig::default(), agent: None, commands })
     }
 
@@ -257,8 +269,7 @@ impl Host {
 
     /// Starts a command and leaves it running.
     pub fn start(&self, args: &[&str]) -> Result<Running> {
-        let number = self.commands.get();
-        self.commands.set(number + 1);
+        let number = self.commands.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (stdout, stderr) = (self.file(&format!("cmd{number}.out")), self.file(&format!("cmd{number}.err")));
         let mut command = self.command()?;
         command.args(args).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);

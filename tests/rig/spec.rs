@@ -25,6 +25,12 @@ pub struct GuestSpec {
     pub network: String,
     /// More of its configuration, as the file has it: `[[disk]]` sections.
     pub sections: String,
+    /// The number in its MAC, where that is not its own.
+    pub mac_number: Option<u8>,
+    /// Whether its file names its addresses.
+    pub addresses_known: bool,
+    /// More lines of its NIC, as TOML has them.
+    pub nic: String,
 }
 
 impl GuestSpec {
@@ -40,6 +46,9 @@ impl GuestSpec {
             vcpus: 1,
             network: "lan".into(),
             sections: String::new(),
+            mac_number: None,
+            addresses_known: true,
+            nic: String::new(),
         }
     }
 
@@ -67,9 +76,28 @@ impl GuestSpec {
         self
     }
 
+    /// With the MAC of the guest of another number.
+    pub fn mac_of(mut self, number: u8) -> GuestSpec {
+        self.mac_number = Some(number);
+        self
+    }
+
+    /// With one more line for its NIC, as TOML has it.
+    pub fn nic(mut self, line: &str) -> GuestSpec {
+        self.nic.push_str(line);
+        self.nic.push('\n');
+        self
+    }
+
+    /// With a file that does not name its addresses.
+    pub fn addresses_unknown(mut self) -> GuestSpec {
+        self.addresses_known = false;
+        self
+    }
+
     /// Its MAC address: the capture's filter knows the first four bytes.
     pub fn mac(&self) -> String {
-        format!("52:54:00:77:00:{:02x}", self.number)
+        format!("52:54:00:77:00:{:02x}", self.mac_number.unwrap_or(self.number))
     }
 
     /// Its IPv4 address.
@@ -84,6 +112,8 @@ impl GuestSpec {
 
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
+        let addresses = format!("addresses = [\"{}\", \"{}\"]\n", self.ip(), self.ip6());
+        let addresses = if self.addresses_known { addresses.as_str() } else { "" };
         let cmdline = format!(
             "ws={} dirty={} fill={} ip={} heartbeat=50 virtio_mmio.device=4K@0xd0000000:5",
             self.ws,
@@ -93,15 +123,14 @@ impl GuestSpec {
         );
         format!(
             "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
-             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n{}",
+             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\n{addresses}{}{}",
             self.name,
             self.memory,
             self.vcpus,
             kernel.display(),
             self.mac(),
             self.network,
-            self.ip(),
-            self.ip6(),
+            self.nic,
             self.sections
         )
     }

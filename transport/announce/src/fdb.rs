@@ -70,7 +70,7 @@ pub(crate) fn learn(mac: [u8; 6], port: &str) -> Result<String, FdbError> {
     Ok(format!("bridge port {port} has {}", mac_words(mac)))
 }
 
-fn open() -> Result<OwnedFd, Errno> {
+pub(crate) fn open() -> Result<OwnedFd, Errno> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::milliseconds(ANSWER_MS_MAX))?;
     Ok(fd)

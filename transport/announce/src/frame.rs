@@ -78,18 +78,23 @@ pub(crate) struct Body {
 }
 
 fn frame(nic: &Nic, kind: FrameKind, body: Body) -> Frame {
-    let header = EthernetRepr { src_addr: EthernetAddress(nic.mac), dst_addr: body.to, ethertype: body.ethertype };
+    Frame { kind, bytes: whole(EthernetAddress(nic.mac), nic.vlan, &body), words: words(nic, kind) }
+}
+
+/// A body with its header, tag and padding.
+pub(crate) fn whole(from: EthernetAddress, vlan: Option<u16>, body: &Body) -> Vec<u8> {
+    let header = EthernetRepr { src_addr: from, dst_addr: body.to, ethertype: body.ethertype };
     let mut bytes = vec![0; ETHERNET_HEADER_BYTES];
     header.emit(&mut EthernetFrame::new_unchecked(&mut bytes));
     bytes.extend_from_slice(&body.bytes);
     bytes.resize(bytes.len().max(FRAME_BYTES_MIN), 0);
-    if let Some(vlan) = nic.vlan {
+    if let Some(vlan) = vlan {
         // Priority 0, not drop-eligible; `problem_of_card` has checked the 12 bits.
         let [e0, e1] = ETHERTYPE_VLAN.to_be_bytes();
         let [v0, v1] = vlan.to_be_bytes();
         bytes.splice(ETHERTYPE_OFFSET..ETHERTYPE_OFFSET, [e0, e1, v0, v1]);
     }
-    Frame { kind, bytes, words: words(nic, kind) }
+    bytes
 }
 
 fn words(nic: &Nic, kind: FrameKind) -> String {

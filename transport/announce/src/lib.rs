@@ -28,8 +28,10 @@
 //! # }
 //! ```
 //!
-//! Not here: the decision *when* a guest may be announced (only after the commit; that is the agent's), and finding
-//! out which addresses a guest has.
+//! Which addresses a guest has is configured, and learned by watching its port ([`Watcher`], [`Learned`]). Whether it answers
+//! in its new place is asked by [`reach`]. Who holds which MAC on the local bridges is read by [`stations`].
+//!
+//! Not here: the decision *when* a guest may be announced (only after the commit; that is the agent's).
 
 #![deny(unsafe_code)]
 
@@ -37,15 +39,23 @@ mod announcer;
 mod arp;
 mod fdb;
 mod frame;
+mod learn;
 mod ndisc;
 mod nic;
 mod rarp;
+mod reach;
 mod schedule;
 #[allow(unsafe_code)]
 mod socket;
+mod stations;
+mod watch;
 
 pub use announcer::{Announcer, Outcome, Sent};
 pub use frame::{FRAME_BYTES_MIN, Frame, FrameKind, frames};
+pub use learn::{Claim, LEARNED_MAX, Learned, Way, claim};
 pub use nic::{ADDRESSES_MAX, Nic, mac_words};
+pub use reach::{Reached, reach, reach_words};
 pub use schedule::{Due, GAP_MAX, ROUNDS_MAX, Rounds, Schedule, ScheduleError};
-pub use socket::OpenError;
+pub use socket::{ListenError, OpenError};
+pub use stations::{Hold, Station, StationsError, stations};
+pub use watch::{WATCHED_MAX, Watch, WatchError, Watcher};

@@ -65,7 +65,7 @@ impl Nic {
     }
 }
 
-fn can_announce(address: &IpAddr) -> bool {
+pub(crate) fn can_announce(address: &IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => !(v4.is_unspecified() || v4.is_loopback() || v4.is_multicast() || v4.is_broadcast()),
         IpAddr::V6(v6) => !(v6.is_unspecified() || v6.is_loopback() || v6.is_multicast()),

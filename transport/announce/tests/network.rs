@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::{Ear, Lab, Namespace};
-use limosa_announce::{Announcer, Nic, Schedule, Sent, frames};
+use limosa_announce::{Announcer, Hold, Nic, Schedule, Sent, Watcher, frames, reach, reach_words, stations};
+use std::net::IpAddr;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 const MAC_WORDS: &str = "52:54:00:12:34:56";
@@ -197,4 +198,90 @@ fn cancelling_stops_between_rounds() {
     });
     assert_eq!((outcome.rounds, outcome.cancelled), (2, true));
     assert!(start.elapsed() < Duration::from_secs(5), "cancelling took {:?}", start.elapsed());
+}
+
+/// A Linux guest behind the port, with the MAC and both addresses.
+fn settle_guest(lab: &Lab) {
+    lab.guest.ip(&format!("link set guest0 address {MAC_WORDS}"));
+    lab.guest.ip("addr add 10.0.0.5/24 dev guest0");
+    lab.guest.ip("addr add fd00::5/64 dev guest0 nodad");
+}
+
+#[test]
+fn a_linux_guest_is_reached_by_each_of_its_addresses_and_silence_is_bounded() {
+    let Some(lab) = Lab::new() else { return };
+    settle_guest(&lab);
+    for address in ["10.0.0.5", "fd00::5"] {
+        let address: IpAddr = address.parse().unwrap();
+        for port in [Some("tap0".to_owned()), None] {
+            let one = Nic { addresses: vec![address], port, ..nic() };
+            let begun = Instant::now();
+            let reached = lab.host.within(|| reach(&one, Duration::from_secs(5))).unwrap();
+            assert_eq!(reached.address, address);
+            assert!(reached.at > begun && begun.elapsed() < Duration::from_secs(1), "{address} took {:?}", begun.elapsed());
+        }
+    }
+    let silent = Nic { addresses: vec!["10.0.0.6".parse().unwrap()], ..nic() };
+    let begun = Instant::now();
+    let words = lab.host.within(|| reach(&silent, Duration::from_millis(300))).unwrap_err();
+    assert!(begun.elapsed() >= Duration::from_millis(300) && begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    assert!(words.contains(&reach_words(&silent, silent.addresses[0])) && words.contains("300 ms"), "{words}");
+    let stranger = Nic { mac: [0x52, 0x54, 0, 0, 0, 9], port: None, ..nic() };
+    assert!(lab.host.within(|| reach(&stranger, Duration::from_millis(200))).is_err(), "another MAC answered, not the guest");
+    let nothing = Nic { addresses: vec![], ..nic() };
+    assert!(lab.host.within(|| reach(&nothing, Duration::from_secs(5))).unwrap_err().contains("no address"));
+    let gone = Nic { interface: "br9".into(), ..nic() };
+    assert!(lab.host.within(|| reach(&gone, Duration::from_secs(5))).unwrap_err().contains("br9"));
+}
+
+#[test]
+fn a_watched_port_tells_the_addresses_of_its_guest_and_forgets_what_another_claims() {
+    let Some(lab) = Lab::new() else { return };
+    let wait = |what: &str, good: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while !good() {
+            assert!(Instant::now() < deadline, "{what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let watcher = Watcher::default();
+    let before: IpAddr = "10.0.0.77".parse().unwrap();
+    let (watch, other) = lab.host.within(|| {
+        (watcher.watch("tap0", MAC, &[before]).unwrap(), watcher.watch("up0", [0x52, 0x54, 0, 0, 0, 9], &[]).unwrap())
+    });
+    assert_eq!(watch.addresses(), [before]);
+    settle_guest(&lab);
+    // It asks for the peer, from both of its addresses.
+    for (from, to) in [("10.0.0.5:0", "10.0.0.9:9"), ("[fd00::5]:0", "[fd00::9]:9")] {
+        lab.guest.within(|| UdpSocket::bind(from).unwrap().send_to(b"hello", to).unwrap());
+    }
+    let (v4, v6): (IpAddr, IpAddr) = ("10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap());
+    wait("both addresses", &|| watch.addresses().contains(&v4) && watch.addresses().contains(&v6));
+    // Now the peer says that it has one of them.
+    let usurper = Nic { mac: [0x52, 0x54, 0, 0, 0, 8], addresses: vec![v4], interface: "peer0".into(), ..Nic::default() };
+    announce(&lab.peer, &usurper);
+    wait("the address to be forgotten", &|| !watch.addresses().contains(&v4));
+    assert!(watch.addresses().contains(&v6) && watch.addresses().contains(&before), "{:?}", watch.addresses());
+    assert_eq!(other.addresses(), Vec::<IpAddr>::new(), "the other port's card said nothing");
+    lab.host.ip("link del tap0");
+    thread::sleep(Duration::from_millis(50));
+    assert!(watch.addresses().contains(&v6), "what was learned outlives the port until the guest is gone");
+    let error = lab.host.within(|| watcher.watch("tap0", MAC, &[]).unwrap_err()).to_string();
+    assert!(error.contains("tap0") && error.contains("no such interface"), "{error}");
+}
+
+#[test]
+fn the_bridge_s_table_is_read() {
+    let Some(lab) = Lab::new() else { return };
+    lab.host.bridge(&format!("fdb add {OLD_WORDS} dev up0 master static"));
+    announce(&lab.host, &nic());
+    let (tap, up, bridge) = (lab.host.index("tap0"), lab.host.index("up0"), lab.host.index("br0"));
+    let all = lab.host.within(stations).unwrap();
+    let found = |mac: [u8; 6]| {
+        let one = all.iter().find(|station| station.mac == mac).unwrap_or_else(|| panic!("{mac:?} is not in {all:?}"));
+        (one.port as usize, one.bridge as usize, one.hold)
+    };
+    assert_eq!(found(MAC), (tap, bridge, Hold::Learned));
+    assert_eq!(found([0x52, 0x54, 0, 0x99, 0x99, 0x99]), (up, bridge, Hold::Static));
+    assert!(all.iter().any(|station| station.port as usize == up && station.hold == Hold::Own), "{all:?}");
 }

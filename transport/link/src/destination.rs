@@ -20,7 +20,7 @@ use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Message, Refusal, VmDescription};
+use limosa_proto::wire::message::{Hello, Message, Reached, Refusal, VmDescription};
 use limosa_proto::wire::offer::Keys;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -436,14 +436,28 @@ impl Driver {
 
     fn announce(&self) {
         let (cpu_ns, counters) = (self.cpu_ns.clone(), self.counters.clone());
-        self.ask(
+        let (inner, runtime) = (self.inner.clone(), tokio::runtime::Handle::current());
+        self.host.call(
             HostTask::Announce,
-            |host| Ok((host.announce()?, host.cpu_seconds())),
-            move |(announcements, host_seconds)| {
+            |host| Ok((host.announce()?, host.cpu_seconds(), host.reach())),
+            move |called| {
+                let (announcements, host_seconds, reaching) = match called {
+                    Ok(told) => told,
+                    Err((task, words)) => {
+                        let _ = inner.send(Inner::Event(DestinationEvent::HostFailed { task, words }));
+                        return;
+                    }
+                };
                 let ours = cpu_ns.load(Ordering::Relaxed) + counters.cpu_ns.load(Ordering::Relaxed);
                 let cpu_us = ours / 1000
                     + Duration::try_from_secs_f64(host_seconds).map_or(0, |host| u64::try_from(host.as_micros()).unwrap_or(0));
-                DestinationEvent::Announced { announcements, cpu_us }
+                let tell = move |reached| {
+                    let _ = inner.send(Inner::Event(DestinationEvent::Announced { announcements, cpu_us, reached }));
+                };
+                match reaching {
+                    None => tell(Reached::default()),
+                    Some(reaching) => drop(runtime.spawn_blocking(move || tell(reaching()))),
+                }
             },
         );
     }

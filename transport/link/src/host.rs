@@ -10,7 +10,7 @@ use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -109,6 +109,11 @@ pub trait DestinationHost: Send + 'static {
     /// # Errors
     /// In words.
     fn announce(&mut self) -> Result<Vec<String>, HostError>;
+    /// Called after [`DestinationHost::announce`]: what waits until the guest answers the network, for some seconds at most.
+    /// That runs on another thread, so that the journal does not wait. None: nobody asks the guest.
+    fn reach(&mut self) -> Option<Reaching> {
+        None
+    }
     /// Kills the VMM and gives back all it had. Also called when nothing was prepared.
     ///
     /// # Errors
@@ -124,6 +129,9 @@ pub trait DestinationHost: Send + 'static {
         0.0
     }
 }
+
+/// Waits until a guest answers, and says whether it did.
+pub type Reaching = Box<dyn FnOnce() -> Reached + Send>;
 
 /// Who is at the other end of a control channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -37,7 +37,7 @@ pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
 pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};
 pub use driver::{Cancel, SourceOptions, ask_verdict, run_source, run_source_over};
-pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, SourceHost};
+pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, Reaching, SourceHost};
 pub use key::{HostKey, HostKeyError};
 pub use lanes::{LaneCloser, LaneCounters, LaneReceiver, LaneSender};
 pub use pages::{Pages, Populate};

@@ -2,17 +2,32 @@
 
 use crate::wire::code::Code;
 use crate::wire::limits::{NAME_BYTES_MAX, REASONS_MAX, VCPUS_MAX, WORDS_BYTES_MAX, fit};
-use crate::wire::message::{Reason, Refusal, VmDescription};
+use crate::wire::message::{NicDescription, Reason, Refusal, VmDescription};
 
 /// A network that a host is on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NetworkOffer {
     /// Its name in the host's configuration.
     pub name: String,
-    /// Its MTU in bytes.
+    /// Its MTU in bytes, as the host's configuration has it.
     pub mtu: u16,
+    /// The bridge that it is reached through.
+    pub bridge: String,
+    /// The MTU in bytes that the bridge really has; `None` where nothing says so.
+    pub bridge_mtu: Option<u32>,
+    /// Whether a NIC of it may be in a VLAN: the bridge filters them.
+    pub vlans: bool,
     /// Why it cannot be used now, for example a bridge that is missing; `None` if it can.
     pub broken: Option<String>,
+}
+
+/// Who on a host has a MAC address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MacHolder {
+    /// The address.
+    pub mac: [u8; 6],
+    /// Who, in words: "the guest \"db\"".
+    pub who: String,
 }
 
 /// What a host has to offer to an incoming guest.
@@ -22,6 +37,8 @@ pub struct HostOffer {
     pub networks: Vec<NetworkOffer>,
     /// Names of guests that are there.
     pub names_taken: Vec<String>,
+    /// MAC addresses that are taken there.
+    pub macs_taken: Vec<MacHolder>,
     /// Identities of guests that are there.
     pub ids_taken: Vec<crate::identity::VmId>,
     /// Guest memory that there is room for, in bytes.
@@ -43,6 +60,8 @@ const IDS: &[(&str, Code)] = &[
     ("network-missing", Code::NetworkMissing),
     ("network-broken", Code::NetworkMissing),
     ("network-mtu", Code::NetworkMissing),
+    ("network-vlan", Code::NetworkMissing),
+    ("mac-taken", Code::MacTaken),
     ("memory", Code::Memory),
     ("memory-room", Code::NoRoom),
     ("memory-page-size", Code::Memory),
@@ -93,9 +112,23 @@ pub fn check(vm: &VmDescription, host: &HostOffer) -> Vec<Reason> {
         reasons.push(Reason { id: fit(id, NAME_BYTES_MAX), words: fit(&words, WORDS_BYTES_MAX) });
     };
     check_name(vm, host, &mut add);
-    check_networks(vm, host, &mut add);
+    check_nics(&vm.nics, host, THERE, &mut add);
     check_room(vm, host, &mut add);
     check_vmm(vm, host, &mut add);
+    reasons.truncate(REASONS_MAX);
+    reasons
+}
+
+/// How the host is called in reasons that its source is told.
+const THERE: &str = "the destination";
+
+/// Every reason why these NICs cannot be on a host that offers `host`, which the reasons call `place`.
+#[must_use]
+pub fn nic_reasons(nics: &[NicDescription], host: &HostOffer, place: &str) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    check_nics(nics, host, place, &mut |id, words| {
+        reasons.push(Reason { id: fit(id, NAME_BYTES_MAX), words: fit(&words, WORDS_BYTES_MAX) });
+    });
     reasons.truncate(REASONS_MAX);
     reasons
 }
@@ -111,21 +144,49 @@ fn check_name(vm: &VmDescription, host: &HostOffer, add: &mut impl FnMut(&str, S
     }
 }
 
-fn check_networks(vm: &VmDescription, host: &HostOffer, add: &mut impl FnMut(&str, String)) {
-    for nic in &vm.nics {
+fn check_nics(nics: &[NicDescription], host: &HostOffer, place: &str, add: &mut impl FnMut(&str, String)) {
+    for nic in nics {
+        check_mac(nic, host, place, add);
         let Some(offer) = host.networks.iter().find(|offer| offer.name == nic.network) else {
             let there = names(host.networks.iter().map(|offer| offer.name.as_str()));
             let name = &nic.network;
-            add("network-missing", format!("the guest is on the network \"{name}\"; the destination has: {there}"));
+            add("network-missing", format!("the guest is on the network \"{name}\"; {place} has: {there}"));
             continue;
         };
         if let Some(why) = &offer.broken {
-            add("network-broken", format!("the network \"{}\" cannot be used at the destination: {why}", offer.name));
+            add("network-broken", format!("the network \"{}\" cannot be used at {place}: {why}", offer.name));
+            continue;
         }
-        if offer.mtu < nic.mtu {
-            let (name, wants, has) = (&offer.name, nic.mtu, offer.mtu);
-            add("network-mtu", format!("the guest uses an MTU of {wants} on \"{name}\"; the destination has {has} there"));
+        if let Some(vlan) = nic.vlan.filter(|_| !offer.vlans) {
+            let (name, bridge) = (&offer.name, &offer.bridge);
+            let words =
+                format!("the guest is in VLAN {vlan} of \"{name}\"; the bridge {bridge} of {place} does not filter VLANs");
+            add("network-vlan", words);
         }
+        check_mtu(nic, offer, place, add);
+    }
+}
+
+/// Larger is no harm: a guest sends what its own MTU allows, and receives what others on its network send.
+fn check_mtu(nic: &NicDescription, offer: &NetworkOffer, place: &str, add: &mut impl FnMut(&str, String)) {
+    let (name, wants, set, bridge) = (&offer.name, nic.mtu, offer.mtu, &offer.bridge);
+    let small = offer.bridge_mtu.filter(|real| *real < u32::from(wants));
+    if set >= wants && small.is_none() {
+        return;
+    }
+    let real = offer.bridge_mtu.map_or(String::new(), |real| format!(", and its bridge {bridge} has {real}"));
+    add("network-mtu", format!("the guest uses an MTU of {wants} on \"{name}\"; {place} is configured for {set} there{real}"));
+}
+
+/// Two holders of one MAC on one network take each other's frames.
+fn check_mac(nic: &NicDescription, host: &HostOffer, place: &str, add: &mut impl FnMut(&str, String)) {
+    for holder in host.macs_taken.iter().filter(|holder| holder.mac == nic.mac) {
+        let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
+        let who = fit(&holder.who, 200);
+        add(
+            "mac-taken",
+            format!("the MAC address {mac} of the guest is taken at {place}, by {who}; every NIC needs one of its own"),
+        );
     }
 }
 
@@ -203,7 +264,12 @@ mod tests {
 
     fn host() -> HostOffer {
         HostOffer {
-            networks: vec![NetworkOffer { name: "lan".to_owned(), mtu: 1500, broken: None }],
+            networks: vec![NetworkOffer {
+                name: "lan".to_owned(),
+                mtu: 1500,
+                bridge: "br0".to_owned(),
+                ..NetworkOffer::default()
+            }],
             memory_bytes_free: 1 << 30,
             vcpus_max: 2,
             vmms: vec!["limosa".to_owned()],
@@ -243,6 +309,18 @@ mod tests {
         assert!(id == "network-broken" && words.contains("bridge br0 is missing"), "{words}");
         let (id, words) = one(|vm, _| vm.nics[0].mtu = 9000);
         assert!(id == "network-mtu" && words.contains("9000") && words.contains("1500"), "{words}");
+        let (id, words) = one(|_, host| host.networks[0].bridge_mtu = Some(1400));
+        assert!(id == "network-mtu" && ["1500", "br0", "1400"].iter().all(|part| words.contains(part)), "{words}");
+        let larger = HostOffer {
+            networks: vec![NetworkOffer { name: "lan".to_owned(), mtu: 9000, bridge_mtu: Some(9000), ..NetworkOffer::default() }],
+            ..host()
+        };
+        assert_eq!(found(&vm(), &larger), [], "what is larger is no harm");
+        let (id, words) = one(|vm, _| vm.nics[0].vlan = Some(7));
+        assert!(id == "network-vlan" && words.contains("VLAN 7") && words.contains("br0"), "{words}");
+        let holder = |mac| MacHolder { mac, who: "the guest \"db\"".to_owned() };
+        let (id, words) = one(|_, host| host.macs_taken = vec![holder([2, 0, 0, 0, 0, 2]), holder([2, 0, 0, 0, 0, 1])]);
+        assert!(id == "mac-taken" && words.contains("02:00:00:00:00:01") && words.contains("\"db\""), "{words}");
         let (id, words) = one(|_, host| host.names_taken.push("web".to_owned()));
         assert!(id == "name-taken" && words.contains("\"web\""), "{words}");
         assert_eq!(one(|_, host| host.ids_taken.push(VmId([5; 16]))).0, "id-taken");
@@ -277,7 +355,8 @@ mod tests {
         let mut vm = vm();
         vm.nics = vec![vm.nics[0].clone(); 64];
         vm.nics.iter_mut().for_each(|nic| nic.network = "x".repeat(256));
-        let networks = (0..1000).map(|n| NetworkOffer { name: format!("{n}").repeat(60), mtu: 1, broken: None }).collect();
+        let networks =
+            (0..1000).map(|n| NetworkOffer { name: format!("{n}").repeat(60), mtu: 1, ..NetworkOffer::default() }).collect();
         let reasons = check(&vm, &HostOffer { networks, ..HostOffer::default() });
         assert!(reasons.len() <= REASONS_MAX && reasons.iter().all(|reason| reason.words.len() <= WORDS_BYTES_MAX));
     }

@@ -9,7 +9,7 @@ use crate::record::Record;
 use crate::wire::code::Code;
 use crate::wire::frame::LaneToken;
 use crate::wire::limits::LANES_MAX;
-use crate::wire::message::{Message, Refusal, VerdictAnswer, VmDescription};
+use crate::wire::message::{Message, Reached, Refusal, VerdictAnswer, VmDescription};
 use std::fmt;
 use std::time::Duration;
 
@@ -416,6 +416,8 @@ pub enum DestinationEvent {
         announcements: Vec<String>,
         /// CPU time of agent and VMM for this migration, in microseconds.
         cpu_us: u64,
+        /// Whether the guest answered since.
+        reached: Reached,
     },
     /// The control channel was lost, in words. A lost lane is `HostFailed` of [`HostTask::Pages`], so that the peer can be
     /// told why.

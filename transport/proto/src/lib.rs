@@ -16,7 +16,7 @@
 //! use limosa_proto::source::{RoundSent, Source, SourceAction as S, SourceConfig, SourceEvent as SE, SourceOutcome};
 //! use limosa_proto::time::Instant;
 //! use limosa_proto::wire::frame::LaneToken;
-//! use limosa_proto::wire::message::VmDescription;
+//! use limosa_proto::wire::message::{Reached, VmDescription};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let memory = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 1 << 20, page_bytes: 4096 }])?;
@@ -60,7 +60,7 @@
 //!             D::Load(_) => destination.handle(now, DE::Loaded),
 //!             D::Journal(record) => destination.handle(now, DE::Journaled(record.kind)),
 //!             D::Resume => destination.handle(now, DE::Resumed),
-//!             D::Announce => destination.handle(now, DE::Announced { announcements: vec![], cpu_us: 0 }),
+//!             D::Announce => destination.handle(now, DE::Announced { announcements: vec![], cpu_us: 0, reached: Reached::default() }),
 //!             _ => {}
 //!         }
 //!     }

@@ -3,6 +3,7 @@
 use crate::event::{Side, SourceOutcome};
 use crate::progress::{Progress, RoundProgress};
 use crate::wire::code::Code;
+use crate::wire::message::Reached;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -119,8 +120,11 @@ pub struct Report {
     pub downtime_ms: Option<f64>,
     /// Where that went.
     pub downtime_parts_ms: Option<DowntimePartsMs>,
-    /// The longest time without an answer from the guest.
+    /// The longest time without an answer from the guest, as an upper bound: the downtime and the time from the resume until
+    /// the guest's first answer, unless somebody measured it from outside.
     pub network_gap_ms: Option<f64>,
+    /// How that was measured; null where it was not.
+    pub network_gap_by: Option<String>,
     /// What was announced in the first round, one line each.
     pub announcements: Vec<String>,
     /// CPU seconds on both hosts.
@@ -148,6 +152,9 @@ impl Report {
         let sent: u64 = progress.rounds.iter().map(|round| round.pages + round.zero_pages).sum();
         let sending_ms: f64 = progress.rounds.iter().map(|round| round.ms).sum();
         let downtime = progress.downtime;
+        let (network_gap_ms, network_gap_by, gap_warning) = network_gap(progress, &destination.reached, measured.network_gap_ms);
+        let mut warnings = progress.warnings.clone();
+        warnings.extend(gap_warning);
         Report {
             ok: kind == Outcome::Committed,
             verified: measured.verified,
@@ -177,7 +184,8 @@ impl Report {
                 commit: ms(parts.commit),
                 resume: ms(parts.resume),
             }),
-            network_gap_ms: measured.network_gap_ms,
+            network_gap_ms,
+            network_gap_by,
             announcements: destination.announcements,
             cpu_seconds,
             cpu_seconds_per_gib: if gib > 0.0 { (cpu_seconds.source + cpu_seconds.destination) / gib } else { 0.0 },
@@ -186,8 +194,26 @@ impl Report {
             } else {
                 0.0
             },
-            warnings: progress.warnings.clone(),
+            warnings,
         }
+    }
+}
+
+/// How long the guest did not answer, how that is known, and a warning where it is not although somebody asked.
+fn network_gap(
+    progress: &Progress,
+    reached: &Reached,
+    measured_ms: Option<f64>,
+) -> (Option<f64>, Option<String>, Option<String>) {
+    if measured_ms.is_some() {
+        return (measured_ms, None, None);
+    }
+    let how = (!reached.words.is_empty()).then(|| reached.words.clone());
+    match (progress.downtime, reached.after_us) {
+        // The destination's word: it never counts for more than the time in which it must lie.
+        (Some(parts), Some(us)) => (Some(ms(parts.total() + Duration::from_micros(us).min(progress.total))), how, None),
+        (_, None) => (None, None, how.map(|why| format!("the network gap is not known: {why}"))),
+        (None, Some(_)) => (None, None, None),
     }
 }
 

@@ -16,7 +16,7 @@ use limosa_proto::state::{
 use limosa_proto::time::Instant;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::LaneToken;
-use limosa_proto::wire::message::{Accept, Hello, Message, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Accept, Hello, Message, Reached, Refusal, VerdictAnswer, VmDescription};
 use std::time::Duration;
 
 fn vm() -> VmDescription {
@@ -292,7 +292,7 @@ fn destination_event(input: DestinationInput) -> DestinationEvent {
         I::JournaledRunning => DestinationEvent::Journaled(Kind::Running),
         I::JournaledDiscarded => DestinationEvent::Journaled(Kind::Discarded),
         I::Resumed => DestinationEvent::Resumed,
-        I::Announced => DestinationEvent::Announced { announcements: vec![], cpu_us: 1 },
+        I::Announced => DestinationEvent::Announced { announcements: vec![], cpu_us: 1, reached: Reached::default() },
         I::LinkLost => DestinationEvent::LinkLost("gone".to_owned()),
         I::PeerFault => DestinationEvent::PeerFault { code: Code::Malformed, words: "garbage".to_owned() },
         I::HostFailed => DestinationEvent::HostFailed { task: HostTask::Announce, words: "no bridge".to_owned() },

@@ -12,8 +12,8 @@ use limosa_proto::wire::frame::{
 };
 use limosa_proto::wire::limits::MESSAGE_BYTES_MAX;
 use limosa_proto::wire::message::{
-    Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, ReadyTimes, Reason, Refusal,
-    RunningTimes, VerdictAnswer, VmDescription,
+    Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, Reached, ReadyTimes, Reason,
+    Refusal, RunningTimes, VerdictAnswer, VmDescription,
 };
 use limosa_proto::wire::offer::{Keys, KeysAsk, LinkAddress, LinkOffer, MemoryKey};
 use proptest::prelude::*;
@@ -99,6 +99,7 @@ fn every_message() -> Vec<Message> {
             zero_pages: 1,
             bytes: 8192,
             announcements: vec!["arp".to_owned()],
+            reached: Reached { after_us: Some(700), words: "ARP probe of 10.0.0.5 from br0".to_owned() },
         }),
         Message::Abort { code: Code::Unknown(4711), words: "no".to_owned() },
         Message::Keepalive { nonce: 1 },

@@ -4,11 +4,11 @@
 use crate::config::Config;
 use crate::vm_config::tap_name;
 use limosa_announce::{Announcer, Nic, Schedule, Sent};
-use limosa_proto::wire::message::VmDescription;
+use limosa_proto::wire::message::{Reached, VmDescription};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The NICs of `vm` as they are on this host.
 #[must_use]
@@ -29,6 +29,38 @@ pub(crate) fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
         });
     }
     nics
+}
+
+/// How long a guest is asked whether it answers before that is given up; the source waits for it with its report.
+const REACH_MAX: Duration = Duration::from_secs(2);
+
+/// Begins to ask a guest from this host whether it answers, since it was resumed, on a thread of its own. What is returned gets
+/// the first answer, or why there is none, after [`REACH_MAX`] at the latest.
+pub(crate) fn ask(nics: Vec<Nic>, resumed: Instant) -> mpsc::Receiver<Reached> {
+    let (sender, answer) = mpsc::channel();
+    let run = move || {
+        // Gone is who waited when the source's patience ended.
+        let _ = sender.send(asked(&nics, resumed));
+    };
+    if let Err(error) = std::thread::Builder::new().name("reach".into()).spawn(run) {
+        tracing::warn!(%error, "the guest is not asked whether it answers: no thread");
+    }
+    answer
+}
+
+fn asked(nics: &[Nic], resumed: Instant) -> Reached {
+    let silent = |words: String| Reached { after_us: None, words };
+    let Some(nic) = nics.iter().find(|nic| !nic.addresses.is_empty()) else {
+        return silent("no address of the guest is known; `addresses` of its NIC names them".into());
+    };
+    match limosa_announce::reach(nic, REACH_MAX) {
+        Ok(reached) => {
+            let after = reached.at.saturating_duration_since(resumed);
+            let words = limosa_announce::reach_words(nic, reached.address);
+            Reached { after_us: Some(u64::try_from(after.as_micros()).unwrap_or(u64::MAX)), words }
+        }
+        Err(words) => silent(words),
+    }
 }
 
 /// What was sent, one line per frame, for reports.

@@ -27,8 +27,10 @@ pub struct Network {
     pub name: String,
     /// The bridge of this host that it is reached through.
     pub bridge: String,
-    /// The VLAN that frames on the bridge are tagged with, if any.
+    /// The VLAN of the bridge that its guests are in, if any.
     pub vlan: Option<u16>,
+    /// Whether guests' addresses are learned from what they say on it.
+    pub learn: bool,
     /// Largest packet in bytes, without the Ethernet header.
     pub mtu: u16,
 }
@@ -242,10 +244,11 @@ impl Config {
         self.networks.iter().find(|network| network.name == name)
     }
 
-    /// Names of networks and their bridges, as the plug wants them.
+    /// Names of networks and their bridges, as the plug wants them: "br0", or "br0:100" in VLAN 100.
     #[must_use]
     pub fn bridges(&self) -> Vec<(String, String)> {
-        self.networks.iter().map(|network| (network.name.clone(), network.bridge.clone())).collect()
+        let vlan = |network: &Network| network.vlan.map_or(String::new(), |vlan| format!(":{vlan}"));
+        self.networks.iter().map(|network| (network.name.clone(), format!("{}{}", network.bridge, vlan(network)))).collect()
     }
 
     /// The socket that commands talk to.
@@ -331,6 +334,7 @@ impl Config {
             let bridge = section.string("bridge");
             let vlan = section.integer("vlan", 1..=4094).and_then(|vlan| u16::try_from(vlan).ok());
             let mtu = section.integer("mtu", 576..=65_535).and_then(|mtu| u16::try_from(mtu).ok()).unwrap_or(1500);
+            let learn = section.boolean("learn").unwrap_or(true);
             if name.is_none() {
                 section.problem("name", "is missing", "each [[network]] needs a name");
             }
@@ -352,7 +356,7 @@ impl Config {
             }
             section.close();
             if let (Some(name), Some(bridge)) = (name, bridge) {
-                self.networks.push(Network { name, bridge, vlan, mtu });
+                self.networks.push(Network { name, bridge, vlan, learn, mtu });
             }
         }
     }
@@ -445,7 +449,7 @@ pub(crate) fn plain_name(name: &str) -> bool {
 
 /// Whether `name` may name a network interface.
 fn interface_name(name: &str) -> bool {
-    (1..=15).contains(&name.len()) && !name.contains(|c: char| c.is_whitespace() || c == '/' || c.is_control())
+    (1..=15).contains(&name.len()) && !name.contains(|c: char| c.is_whitespace() || matches!(c, '/' | ':') || c.is_control())
 }
 
 fn host_name() -> String {
@@ -467,6 +471,17 @@ mod tests {
         let config = parse(include_str!("../../../packaging/limosa.example.toml")).unwrap();
         assert_eq!(config.networks.len(), 1);
         assert_eq!(config.migration.downtime_target, Duration::from_millis(50));
+    }
+
+    #[test]
+    fn networks_have_a_bridge_and_perhaps_a_vlan() {
+        let text = "[[network]]\nname = \"lan\"\nbridge = \"br0\"\nvlan = 100\nlearn = false\n[[network]]\nname = \"wan\"\nbridge = \"br1\"\n";
+        let config = parse(text).unwrap();
+        let pair = |network: &str, bridge: &str| (network.to_owned(), bridge.to_owned());
+        assert_eq!(config.bridges(), [pair("lan", "br0:100"), pair("wan", "br1")]);
+        assert_eq!(config.networks.iter().map(|network| network.learn).collect::<Vec<_>>(), [false, true]);
+        let error = parse("[[network]]\nname = \"lan\"\nbridge = \"br0:100\"\n").unwrap_err().to_string();
+        assert!(error.contains("network.bridge is \"br0:100\""), "a VLAN has a key of its own: {error}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::config::{NAME_WANTS, plain_name};
 use crate::disks;
 use crate::jobs::{Ending, unix_ms};
 use crate::links;
+use crate::networks;
 use crate::outgoing::{host_error, resume};
 use crate::pages::GuestPages;
 use crate::process::memory_available;
@@ -15,22 +16,21 @@ use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;
-use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer};
+use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
 use limosa_plug::{HugePages, PlugConnection};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
-use limosa_proto::compat::{self, HostOffer, NetworkOffer};
+use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::REASONS_MAX;
-use limosa_proto::wire::message::{Hello, Reason, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 /// How long an incoming VMM may take until it has plugged in; it has no machine yet.
@@ -79,6 +79,8 @@ impl Hosting for Reception {
             runs: None,
             cancel: cancel.clone(),
             announce_end: Arc::default(),
+            resumed: Instant::now(),
+            reaching: None,
         };
         Ok(Incoming {
             host: Box::new(receiving),
@@ -158,19 +160,14 @@ async fn show(
 /// What this host has to offer to a guest.
 pub(crate) fn offer(agent: &Agent) -> HostOffer {
     let (names_taken, ids_taken) = agent.vms.taken();
-    let network = |network: &crate::config::Network| {
-        let there = Path::new("/sys/class/net").join(&network.bridge).join("bridge").is_dir();
-        NetworkOffer {
-            name: network.name.clone(),
-            mtu: network.mtu,
-            broken: (!there).then(|| format!("its bridge {} does not exist", network.bridge)),
-        }
-    };
+    let mut macs_taken = networks::mac_holders();
+    macs_taken.extend(agent.vms.macs_taken(""));
     let huge = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
     let huge_free = huge.trim().parse::<u64>().unwrap_or(0) > 0;
     HostOffer {
-        networks: agent.config.networks.iter().map(network).collect(),
+        networks: networks::offers(&agent.config),
         names_taken,
+        macs_taken,
         ids_taken,
         memory_bytes_free: memory_available().saturating_sub(HOST_BYTES),
         vcpus_max: VCPUS_MAX,
@@ -197,6 +194,10 @@ struct Receiving {
     runs: Option<Arc<Vm>>,
     cancel: Cancel,
     announce_end: Arc<AtomicBool>,
+    /// When the guest was resumed here.
+    resumed: Instant,
+    /// Tells whether the guest has answered since.
+    reaching: Option<mpsc::Receiver<Reached>>,
 }
 
 impl Receiving {
@@ -220,7 +221,7 @@ impl DestinationHost for Receiving {
         let guest = Vm::new(vm.id, vm.name.clone(), VmState::Incoming);
         guest.set_description(vm.clone());
         let claim = guest.claim("incoming").map_err(|words| Refusal::one(Code::Busy, words))?;
-        self.agent.vms.insert(&guest).map_err(|words| Refusal::one(Code::NameTaken, words))?;
+        self.agent.vms.insert(&guest).map_err(|(code, words)| Refusal::one(code, words))?;
         self.vm = Some(claim);
         Ok(())
     }
@@ -244,6 +245,13 @@ impl DestinationHost for Receiving {
             disk.path = path;
         }
         let described = arrived.connection.prepare(&description, &self.agent.config.bridges()).map_err(host_error)?;
+        // Which addresses are configured the VMM knows; the others are what the source has learned.
+        let mut own = vm.clone();
+        for (nic, configured) in own.nics.iter_mut().zip(&described.description.nics) {
+            nic.addresses.clone_from(&configured.addresses);
+        }
+        guest.set_description(own);
+        self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
         Ok(Arc::new(GuestPages(memory)))
     }
@@ -253,7 +261,9 @@ impl DestinationHost for Receiving {
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
-        resume(self.vm()?, Duration::ZERO)
+        resume(self.vm()?, Duration::ZERO)?;
+        self.resumed = Instant::now();
+        Ok(())
     }
 
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
@@ -263,9 +273,16 @@ impl DestinationHost for Receiving {
         self.runs = Some(Arc::clone(&guest));
         self.vm = None;
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
+        let nics = announcing::nics(&self.agent.config, &description);
+        self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
         announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)
+    }
+
+    fn reach(&mut self) -> Option<Reaching> {
+        let reaching = self.reaching.take()?;
+        Some(Box::new(move || reaching.recv().unwrap_or_default()))
     }
 
     fn discard(&mut self) -> Result<(), HostError> {

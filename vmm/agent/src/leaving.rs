@@ -236,7 +236,7 @@ impl Leaving {
 
 /// Whether the destination may only not have cleared away what is left of the attempt before.
 fn is_echo(outcome: &SourceOutcome) -> bool {
-    matches!(outcome, SourceOutcome::Refused(refusal) if matches!(refusal.code, Code::NameTaken | Code::Busy | Code::NoRoom))
+    matches!(outcome, SourceOutcome::Refused(refusal) if matches!(refusal.code, Code::NameTaken | Code::MacTaken | Code::Busy | Code::NoRoom))
 }
 
 /// Keeps the job up to date with the migration's progress.

@@ -19,6 +19,7 @@ pub mod jobs;
 pub mod journal;
 mod leaving;
 mod links;
+mod networks;
 mod outgoing;
 mod pages;
 pub mod process;

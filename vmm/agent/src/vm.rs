@@ -4,10 +4,13 @@
 use crate::api::VmInfo;
 use crate::jobs::unix_ms;
 use crate::process::{self, Process};
+use limosa_announce::Watch;
 use limosa_link::Cancel;
 use limosa_plug::PlugConnection;
 use limosa_proto::identity::VmId;
+use limosa_proto::wire::limits::ADDRESSES_MAX;
 use limosa_proto::wire::message::{NicDescription, VmDescription};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,7 +51,10 @@ struct Inner {
     /// The socket of its serial line; gone when the VMM is.
     console: Option<PathBuf>,
     since_unix_ms: u64,
+    /// As the VMM describes it.
     description: Option<VmDescription>,
+    /// The addresses of each NIC that are learned on its port, or were on another host.
+    learned: Vec<Learned>,
     /// What a migration wants to have cancelled when the VMM is lost.
     lost: Option<Cancel>,
     claimed: Option<&'static str>,
@@ -67,6 +73,7 @@ impl Vm {
             console: None,
             since_unix_ms: unix_ms(),
             description: None,
+            learned: Vec::new(),
             lost: None,
             claimed: None,
         };
@@ -144,8 +151,26 @@ impl Vm {
         self.lock().console = Some(path);
     }
 
+    /// The guest as its VMM describes it, and behind the addresses of each NIC those that were learned.
     pub(crate) fn description(&self) -> Option<VmDescription> {
-        self.lock().description.clone()
+        let inner = self.lock();
+        let mut description = inner.description.clone()?;
+        for (nic, learned) in description.nics.iter_mut().zip(&inner.learned) {
+            let more: Vec<IpAddr> = learned.addresses().into_iter().filter(|address| !nic.addresses.contains(address)).collect();
+            nic.addresses.extend(more);
+            nic.addresses.truncate(ADDRESSES_MAX);
+        }
+        Some(description)
+    }
+
+    /// Whether its addresses are being learned.
+    pub(crate) fn is_learning(&self) -> bool {
+        !self.lock().learned.is_empty()
+    }
+
+    /// What is learned of each NIC's addresses, from now on.
+    pub(crate) fn set_learned(&self, learned: Vec<Learned>) {
+        self.lock().learned = learned;
     }
 
     pub(crate) fn set_description(&self, description: VmDescription) {
@@ -214,6 +239,7 @@ impl Vm {
 
     /// What commands are told.
     pub(crate) fn info(&self) -> VmInfo {
+        let description = self.description();
         let inner = self.lock();
         let state = match (inner.state, inner.claimed) {
             (VmState::Gone, _) => "gone",
@@ -223,7 +249,7 @@ impl Vm {
             (VmState::Running, None) if inner.connection.is_none() => "running, not plugged in",
             (VmState::Running, None) => "running",
         };
-        let description = inner.description.as_ref();
+        let description = description.as_ref();
         VmInfo {
             name: self.name.clone(),
             id: self.id.to_string(),
@@ -242,6 +268,24 @@ fn nic_words(nic: &NicDescription) -> String {
     let addresses: Vec<String> = nic.addresses.iter().map(ToString::to_string).collect();
     let vlan = nic.vlan.map_or(String::new(), |vlan| format!(", VLAN {vlan}"));
     format!("{} on {}{vlan}, {}", limosa_announce::mac_words(nic.mac), nic.network, addresses.join(" "))
+}
+
+/// The addresses of one NIC beside the configured ones.
+#[derive(Debug)]
+pub(crate) enum Learned {
+    /// Its port is watched.
+    Watched(Watch),
+    /// Its port is not watched: what is known from another host.
+    Known(Vec<IpAddr>),
+}
+
+impl Learned {
+    fn addresses(&self) -> Vec<IpAddr> {
+        match self {
+            Learned::Watched(watch) => watch.addresses(),
+            Learned::Known(known) => known.clone(),
+        }
+    }
 }
 
 /// A guest taken for one purpose; given back when dropped.
@@ -266,6 +310,31 @@ impl Drop for Claim {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn learned_addresses_come_behind_the_configured_ones() {
+        let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let nic = |first| NicDescription {
+            mac: [2, 0, 0, 0, 0, first],
+            network: "lan".into(),
+            mtu: 1500,
+            vlan: None,
+            addresses: vec![address(first)],
+        };
+        let vm = Vm::new(VmId([1; 16]), "web".into(), VmState::Running);
+        let memory = limosa_proto::memory::Region { gpa: limosa_proto::memory::Gpa(0), bytes: 4096, page_bytes: 4096 };
+        let memory = limosa_proto::memory::MemoryMap::new(vec![memory]).unwrap();
+        let (nics, name, vmm) = (vec![nic(1), nic(2)], "web".into(), "limosa".into());
+        vm.set_description(VmDescription { id: vm.id, name, vcpus: 1, memory, nics, vmm, records: vec![], config: vec![] });
+        let addresses = |vm: &Vm| vm.description().unwrap().nics.into_iter().map(|nic| nic.addresses).collect::<Vec<_>>();
+        assert_eq!(addresses(&vm), [vec![address(1)], vec![address(2)]]);
+        vm.set_learned(vec![Learned::Known(vec![]), Learned::Known(vec![address(9), address(2)])]);
+        assert_eq!(addresses(&vm), [vec![address(1)], vec![address(2), address(9)]]);
+        assert!(vm.info().nics[1].ends_with("10.0.0.2 10.0.0.9"), "{:?}", vm.info().nics);
+        let many = (0..=255).map(address).collect();
+        vm.set_learned(vec![Learned::Known(many)]);
+        assert_eq!(addresses(&vm)[0].len(), ADDRESSES_MAX, "more cannot travel");
+    }
 
     #[test]
     fn a_guest_is_claimed_once() {

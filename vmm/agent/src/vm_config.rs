@@ -7,6 +7,7 @@ use crate::config::{NAME_WANTS, plain_name};
 use limosa_proto::identity::VmId;
 use limosa_proto::wire::limits::{DISKS_MAX, PATH_BYTES_MAX, SERIAL_BYTES_MAX};
 use limosa_proto::wire::message::ImageFormat;
+use limosa_proto::wire::message::NicDescription;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,15 @@ pub struct DiskConfig {
     pub serial: String,
     /// The path was named by another host, and has been resolved by this one's agent: no symbolic link is followed in it.
     pub resolved: bool,
+}
+
+impl NicConfig {
+    /// The NIC as it is described to the agent and to other hosts.
+    #[must_use]
+    pub fn describe(&self) -> NicDescription {
+        let (mac, network, mtu) = (self.mac, self.network.clone(), self.mtu);
+        NicDescription { mac, network, mtu, vlan: self.vlan, addresses: self.addresses.clone() }
+    }
 }
 
 /// A guest, as its file describes it.
@@ -125,6 +135,19 @@ impl VmConfig {
 pub fn tap_name(id: VmId, index: usize) -> String {
     let text: String = id.to_string().chars().take(9).collect();
     format!("lim{text}.{index}")
+}
+
+/// What the agent tells a VMM of a network: its bridge, and behind a colon its VLAN there if it has one, as in "br0:100". No
+/// interface has a colon in its name.
+///
+/// # Errors
+/// What is behind the colon is no VLAN.
+pub fn bridge_and_vlan(text: &str) -> Result<(&str, Option<u16>), String> {
+    let Some((bridge, vlan)) = text.split_once(':') else { return Ok((text, None)) };
+    match vlan.parse() {
+        Ok(number @ 1..=4094) => Ok((bridge, Some(number))),
+        _ => Err(format!("{text:?} has no VLAN behind the colon: it should be a number from 1 to 4094, as in \"br0:100\"")),
+    }
 }
 
 fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {

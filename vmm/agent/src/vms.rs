@@ -3,15 +3,20 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, VmInfo};
+use crate::config::Config;
 use crate::process::Process;
-use crate::settle;
-use crate::vm::{Claim, Vm, VmState};
-use crate::vm_config::VmConfig;
+use crate::vm::{Claim, Learned, Vm, VmState};
+use crate::vm_config::{NicConfig, VmConfig, tap_name};
+use crate::{networks, settle};
+use limosa_announce::{LEARNED_MAX, Watcher};
 use limosa_plug::{Hello, PlugConnection, PlugEvent, PlugListener, PlugPeer, Role, Token, VmState as Plugged};
+use limosa_proto::compat::{self, HostOffer, MacHolder};
 use limosa_proto::identity::VmId;
-use limosa_proto::wire::message::VmDescription;
+use limosa_proto::wire::code::Code;
+use limosa_proto::wire::message::{NicDescription, VmDescription};
 use ring::rand::SecureRandom as _;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -29,16 +34,32 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(crate) struct Vms {
     table: Mutex<Table>,
+    watcher: Watcher,
     serial: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     guests: Vec<Arc<Vm>>,
-    /// Names of guests that are being started.
-    starting: BTreeSet<String>,
+    /// Names of guests that are being started, with the MAC addresses of their NICs.
+    starting: BTreeMap<String, Vec<[u8; 6]>>,
     /// VMMs that this agent has started and that have not plugged in yet.
     expected: HashMap<[u8; 16], Sender<Arrived>>,
+}
+
+impl Table {
+    fn macs_taken(&self, except: &str) -> Vec<MacHolder> {
+        let mut holders = Vec::new();
+        for vm in self.guests.iter().filter(|vm| vm.name != except) {
+            let nics = vm.description().map_or_else(Vec::new, |description| description.nics);
+            holders.extend(nics.iter().map(|nic| MacHolder { mac: nic.mac, who: format!("the guest \"{}\"", vm.name) }));
+        }
+        for (name, macs) in self.starting.iter().filter(|(name, _)| *name != except) {
+            let who = format!("the guest \"{name}\", which is being started");
+            holders.extend(macs.iter().map(|mac| MacHolder { mac: *mac, who: who.clone() }));
+        }
+        holders
+    }
 }
 
 /// A VMM that was expected has plugged in.
@@ -73,7 +94,7 @@ impl Vms {
     /// Names and identities that are taken.
     pub(crate) fn taken(&self) -> (Vec<String>, Vec<VmId>) {
         let table = self.lock();
-        let names = table.guests.iter().map(|vm| vm.name.clone()).chain(table.starting.iter().cloned());
+        let names = table.guests.iter().map(|vm| vm.name.clone()).chain(table.starting.keys().cloned());
         (names.collect(), table.guests.iter().map(|vm| vm.id).collect())
     }
 
@@ -114,38 +135,65 @@ impl Vms {
         }
     }
 
-    /// Puts a guest into the table; refused if its name or identity is there.
-    pub(crate) fn insert(&self, vm: &Arc<Vm>) -> Result<(), String> {
+    /// MAC addresses of the guests that are here or being started, without those of the guest called `except`.
+    pub(crate) fn macs_taken(&self, except: &str) -> Vec<MacHolder> {
+        self.lock().macs_taken(except)
+    }
+
+    /// Puts a guest into the table; refused if its name, its identity or a MAC address of it is there.
+    pub(crate) fn insert(&self, vm: &Arc<Vm>) -> Result<(), (Code, String)> {
         let mut table = self.lock();
         let taken = table.guests.iter().any(|other| other.name == vm.name || other.id == vm.id);
-        if taken || table.starting.contains(&vm.name) {
-            return Err(format!("a guest called \"{}\" is on this host already", vm.name));
+        if taken || table.starting.contains_key(&vm.name) {
+            return Err((Code::NameTaken, format!("a guest called \"{}\" is on this host already", vm.name)));
+        }
+        let nics = vm.description().map_or_else(Vec::new, |description| description.nics);
+        // Looked at before, but another guest may have come meanwhile.
+        if let Some(holder) = table.macs_taken(&vm.name).iter().find(|holder| nics.iter().any(|nic| nic.mac == holder.mac)) {
+            let mac = limosa_announce::mac_words(holder.mac);
+            return Err((
+                Code::MacTaken,
+                format!("the MAC address {mac} of {} is taken on this host, by {}", vm.name, holder.who),
+            ));
         }
         table.guests.push(Arc::clone(vm));
         Ok(())
     }
 
-    /// Takes a guest out of the table.
+    /// Takes a guest out of the table; its ports are watched no more.
     pub(crate) fn remove(&self, id: VmId) {
-        self.lock().guests.retain(|vm| vm.id != id);
+        let gone: Vec<Arc<Vm>> = self.lock().guests.extract_if(.., |vm| vm.id == id).collect();
+        gone.iter().for_each(|vm| vm.set_learned(Vec::new()));
+    }
+
+    /// Begins to learn the addresses of a guest that has described itself; `known` are its NICs as another host described
+    /// them, with what that host had learned. A guest whose addresses are being learned goes on so.
+    pub(crate) fn learn(&self, config: &Config, vm: &Vm, known: &[NicDescription]) {
+        let Some(description) = vm.description().filter(|_| !vm.is_learning()) else { return };
+        let learn = |(index, nic): (usize, &NicDescription)| {
+            let there = known.get(index).map_or(&[][..], |nic| &nic.addresses);
+            let more: Vec<IpAddr> =
+                there.iter().copied().filter(|address| !nic.addresses.contains(address)).take(LEARNED_MAX).collect();
+            if !config.network(&nic.network).is_some_and(|network| network.learn) {
+                return Learned::Known(Vec::new());
+            }
+            match self.watcher.watch(&tap_name(vm.id, index), nic.mac, &more) {
+                Ok(watch) => Learned::Watched(watch),
+                Err(error) => {
+                    // Another VMM than ours may call its TAP otherwise, or have none.
+                    tracing::debug!(vm = vm.name, %error, "a port is not watched");
+                    Learned::Known(more)
+                }
+            }
+        };
+        vm.set_learned(description.nics.iter().enumerate().map(learn).collect());
     }
 
     /// Starts the guest of `file` and waits until its VMM has plugged in.
     pub(crate) fn start(&self, agent: &Arc<Agent>, file: &Path) -> Result<VmInfo, ApiError> {
         let (config, _) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
-        let starting = self.hold(&config.name)?;
-        for nic in &config.nics {
-            if agent.config.network(&nic.network).is_none() {
-                let known: Vec<&str> = agent.config.networks.iter().map(|network| network.name.as_str()).collect();
-                let words = format!(
-                    "{}: network \"{}\" is not known on this host; known: {}",
-                    config.name,
-                    nic.network,
-                    known.join(", ")
-                );
-                return Err(ApiError::refused("network-missing", words));
-            }
-        }
+        let starting = self.hold(&config.name, config.nics.iter().map(|nic| nic.mac).collect())?;
+        self.check_nics(agent, &config)?;
         let mut arguments = vec!["--config".to_string(), file.display().to_string()];
         for (network, bridge) in agent.config.bridges() {
             arguments.extend(["--bridge".into(), format!("{network}={bridge}")]);
@@ -160,17 +208,31 @@ impl Vms {
         let described = arrived.connection.describe().map_err(|e| ApiError::refused("vmm-failed", e.to_string()));
         let inserted = described.and_then(|described| {
             vm.set_description(described.description);
-            self.insert(&vm).map_err(|words| ApiError::refused("name-taken", words))
+            self.insert(&vm).map_err(|(code, words)| ApiError::refused(code.id(), words))
         });
         inserted.inspect_err(|_| vm.end_within(Duration::ZERO))?;
+        self.learn(&agent.config, &vm, &[]);
         Ok(vm.info())
     }
 
-    fn hold(&self, name: &str) -> Result<Starting<'_>, ApiError> {
+    /// Whether the NICs of a guest that is to be started find here what they need.
+    fn check_nics(&self, agent: &Agent, config: &VmConfig) -> Result<(), ApiError> {
+        let nics: Vec<NicDescription> = config.nics.iter().map(NicConfig::describe).collect();
+        let mut macs_taken = networks::mac_holders();
+        macs_taken.extend(self.macs_taken(&config.name));
+        let offer = HostOffer { networks: networks::offers(&agent.config), macs_taken, ..HostOffer::default() };
+        let reasons = compat::nic_reasons(&nics, &offer, "this host");
+        let Some(first) = reasons.first().map(|reason| reason.id.clone()) else { return Ok(()) };
+        let words: Vec<String> = reasons.into_iter().map(|reason| reason.words).collect();
+        Err(ApiError::refused(&first, format!("{}: {}", config.name, words.join("; "))))
+    }
+
+    fn hold(&self, name: &str, macs: Vec<[u8; 6]>) -> Result<Starting<'_>, ApiError> {
         let mut table = self.lock();
-        if table.guests.iter().any(|vm| vm.name == name) || !table.starting.insert(name.to_string()) {
+        if table.guests.iter().any(|vm| vm.name == name) || table.starting.contains_key(name) {
             return Err(ApiError::refused("name-taken", format!("a guest called \"{name}\" is on this host already")));
         }
+        table.starting.insert(name.to_string(), macs);
         Ok(Starting(self, name.to_string()))
     }
 
@@ -323,7 +385,7 @@ fn greet(agent: &Arc<Agent>, peer: PlugPeer) {
         return peer.reject("this guest is plugged in already, by another process");
     }
     if vms.with_id(hello.id).is_none()
-        && let Err(words) = vms.insert(&vm)
+        && let Err((_, words)) = vms.insert(&vm)
     {
         return peer.reject(&words);
     }
@@ -354,7 +416,10 @@ fn adopt(agent: &Arc<Agent>, vm: &Arc<Vm>, connection: Arc<PlugConnection>, seri
     vm.set_console(agent.config.console_socket(&vm.name));
     vm.plug(connection, serial);
     match description {
-        Ok(described) => vm.set_description(described.description),
+        Ok(described) => {
+            vm.set_description(described.description);
+            agent.vms.learn(&agent.config, vm, &[]);
+        }
         Err(error) => tracing::warn!(vm = vm.name, %error, "the VMM does not describe its guest"),
     }
     let state = match (hello.role, hello.state) {
@@ -381,12 +446,15 @@ mod tests {
         for (id, name) in [(1, "other"), (2, "web")] {
             assert!(vms.insert(&Vm::new(VmId([id; 16]), name.into(), VmState::Running)).is_err());
         }
-        assert!(vms.hold("web").is_err());
-        let held = vms.hold("new").unwrap();
+        assert!(vms.hold("web", vec![]).is_err());
+        let held = vms.hold("new", vec![[2, 0, 0, 0, 0, 9]]).unwrap();
+        let holder = vms.macs_taken("web").pop().unwrap();
+        assert!(holder.mac == [2, 0, 0, 0, 0, 9] && holder.who.contains("\"new\""), "{holder:?}");
+        assert_eq!(vms.macs_taken("new"), []);
         assert!(vms.insert(&Vm::new(VmId([3; 16]), "new".into(), VmState::Running)).is_err());
-        assert!(vms.hold("new").is_err());
+        assert!(vms.hold("new", vec![]).is_err());
         drop(held);
-        assert!(vms.hold("new").is_ok());
+        assert!(vms.hold("new", vec![]).is_ok());
         assert_eq!(vms.named("none").unwrap_err().exit, 1);
         vms.remove(VmId([1; 16]));
         assert!(vms.list().is_empty());

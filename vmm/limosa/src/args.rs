@@ -156,8 +156,8 @@ pub(crate) struct VmmArgs {
     /// Where to make the socket of the guest's serial line
     #[arg(long, value_name = "SOCKET")]
     pub(crate) console: Option<PathBuf>,
-    /// The bridge of a network on this host
-    #[arg(long, value_name = "NETWORK=BRIDGE", value_parser = parse_bridge)]
+    /// The bridge of a network on this host, and its VLAN there
+    #[arg(long, value_name = "NETWORK=BRIDGE[:VLAN]", value_parser = parse_bridge)]
     pub(crate) bridge: Vec<(String, String)>,
 }
 
@@ -272,8 +272,9 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 
 fn parse_bridge(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').filter(|(network, bridge)| !network.is_empty() && !bridge.is_empty());
-    pair.map(|(network, bridge)| (network.into(), bridge.into()))
-        .ok_or_else(|| "NETWORK=BRIDGE is needed, such as lan=br0".into())
+    let (network, bridge) = pair.ok_or("NETWORK=BRIDGE or NETWORK=BRIDGE:VLAN is needed, such as lan=br0 or lan=br0:100")?;
+    limosa_agent::vm_config::bridge_and_vlan(bridge)?;
+    Ok((network.into(), bridge.into()))
 }
 
 #[cfg(test)]

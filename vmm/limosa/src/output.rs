@@ -130,7 +130,8 @@ pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
         rows.push(("  of it".into(), words));
     }
     if let Some(gap) = report.network_gap_ms {
-        rows.push(("network gap".into(), format!("{gap:.1} ms")));
+        let by = report.network_gap_by.as_ref().map_or(String::new(), |by| format!(", by {by}"));
+        rows.push(("network gap".into(), format!("{gap:.1} ms{by}")));
     }
     let prepare = report.prepare_ms.map_or(String::new(), |ms| format!(", of it {ms:.0} ms until the destination was prepared"));
     rows.extend([

@@ -55,6 +55,8 @@ pub enum TapConfig {
         name: String,
         /// The bridge to join, which must exist in this network namespace.
         bridge: Option<String>,
+        /// The VLAN to be in there, 1 to 4094; the bridge must filter VLANs.
+        vlan: Option<u16>,
     },
     /// An open TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR), or a packet socket pair that carries frames behind 12 bytes of
     /// virtio-net header.

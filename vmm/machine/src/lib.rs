@@ -43,6 +43,7 @@ mod state;
 mod tap;
 mod vcpu;
 mod vcpu_state;
+mod vlan;
 
 pub use boot::{BootConfig, BootError};
 pub use config::{MachineConfig, NicConfig, TapConfig};

@@ -139,7 +139,7 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, caps: &Capabilities) -> Result
 
 fn create_nic(index: usize, nic: NicConfig) -> Result<Net, BuildError> {
     let tap = match nic.tap {
-        TapConfig::Name { name, bridge } => Tap::open(&name, bridge.as_deref(), nic.mtu)?,
+        TapConfig::Name { name, bridge, vlan } => Tap::open(&name, bridge.as_deref(), vlan, nic.mtu)?,
         TapConfig::Fd(fd) => Tap::from_fd(fd, &format!("net{index}"))?,
     };
     Ok(Net::new(nic.mac, nic.mtu, tap, nic.offload))

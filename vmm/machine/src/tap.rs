@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::vlan;
+
 /// The virtio-net header before every frame, in bytes.
 pub(crate) const VNET_HEADER_BYTES: usize = 12;
 
@@ -25,6 +27,26 @@ pub enum TapError {
     /// The name is empty, too long, or has characters that interfaces cannot have.
     #[error("interface name {0:?} is refused: 1 to 15 characters, without '/', blanks and NUL")]
     Name(String),
+    /// The bridge is not there.
+    #[error("TAP {name}: there is no bridge {bridge} on this host; bridges here: {there}")]
+    Bridge {
+        /// The interface.
+        name: String,
+        /// The bridge that was wanted.
+        bridge: String,
+        /// The bridges that are there.
+        there: String,
+    },
+    /// The bridge cannot have it in a VLAN.
+    #[error("TAP {name} cannot be in VLAN {vlan}: {words}")]
+    Vlan {
+        /// The interface.
+        name: String,
+        /// The VLAN.
+        vlan: u16,
+        /// Why, and what to do about it.
+        words: String,
+    },
     /// A step failed.
     #[error("TAP {name}: {what} failed: {source}{hint}")]
     Step {
@@ -82,12 +104,26 @@ fn step(result: libc::c_int, name: &str, what: &'static str, hint: &'static str)
     Err(TapError::Step { name: name.to_owned(), what, source: std::io::Error::last_os_error(), hint })
 }
 
+/// What to do when the TAP was not given to us, by the error of the last system call.
+fn hint_of_opening() -> &'static str {
+    match std::io::Error::last_os_error().raw_os_error() {
+        Some(libc::EBUSY) => {
+            "; another process has it open: a VMM of this guest that still runs? `fuser -v /dev/net/tun` names the processes"
+        }
+        Some(libc::EINVAL) => "; an interface of that name is there and is no TAP: rename or delete it",
+        Some(libc::EPERM | libc::EACCES) => "; CAP_NET_ADMIN is needed",
+        _ => "",
+    }
+}
+
 impl Tap {
-    /// Makes or opens the TAP `name`, puts it on `bridge` if there is one, gives it `mtu` (bytes) and sets it up.
+    /// Makes or opens the TAP `name`, puts it on `bridge` if there is one, there into `vlan` if there is one, gives it `mtu`
+    /// (bytes) and sets it up.
     ///
     /// # Errors
-    /// When the name is not one, or when the kernel refuses a step: mostly for lack of CAP_NET_ADMIN, or of the bridge.
-    pub fn open(name: &str, bridge: Option<&str>, mtu: u16) -> Result<Self, TapError> {
+    /// When the name is not one, is in use, or when the kernel refuses a step: mostly for lack of CAP_NET_ADMIN, or of the
+    /// bridge, or because the bridge does not filter VLANs.
+    pub fn open(name: &str, bridge: Option<&str>, vlan: Option<u16>, mtu: u16) -> Result<Self, TapError> {
         let mut ifreq = request(name)?;
         let file =
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open("/dev/net/tun");
@@ -96,12 +132,12 @@ impl Tap {
         ifreq.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: an open descriptor and a complete ifreq.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut ifreq) };
-        step(result, name, "TUNSETIFF", "; CAP_NET_ADMIN is needed, and the TAP must not be in use")?;
+        step(result, name, "TUNSETIFF", hint_of_opening())?;
         let tap = Self { file, name: name.to_owned(), offload: true };
         tap.set_frames()?;
         let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("opening a control socket", "")(errno.into()))?;
-        tap.set_up(&control, bridge, mtu)?;
+        tap.set_up(&control, bridge, vlan, mtu)?;
         Ok(tap)
     }
 
@@ -156,7 +192,7 @@ impl Tap {
         step(result, &self.name, "TUNSETOFFLOAD", "")
     }
 
-    fn set_up(&self, control: &OwnedFd, bridge: Option<&str>, mtu: u16) -> Result<(), TapError> {
+    fn set_up(&self, control: &OwnedFd, bridge: Option<&str>, vlan: Option<u16>, mtu: u16) -> Result<(), TapError> {
         let name = &self.name;
         let mut ifreq = request(name)?;
         ifreq.ifr_ifru.ifru_mtu = i32::from(mtu);
@@ -174,7 +210,14 @@ impl Tap {
             ifreq.ifr_ifru.ifru_ifindex = unsafe { index.ifr_ifru.ifru_ifindex };
             // SAFETY: an open socket and a complete ifreq.
             let result = unsafe { libc::ioctl(control.as_raw_fd(), SIOCBRADDIF, &raw mut ifreq) };
-            step(result, name, "joining the bridge", "; does the bridge exist in this network namespace?")?;
+            if result < 0 {
+                return Err(self.no_bridge(bridge));
+            }
+            if let Some(vlan) = vlan {
+                // SAFETY: SIOCGIFINDEX filled this arm.
+                let port = unsafe { index.ifr_ifru.ifru_ifindex };
+                vlan::join(bridge, port, vlan).map_err(|words| TapError::Vlan { name: name.clone(), vlan, words })?;
+            }
         }
         let mut ifreq = request(name)?;
         // SAFETY: an open socket and a complete ifreq, which the kernel fills.
@@ -186,6 +229,20 @@ impl Tap {
         // SAFETY: an open socket and a complete ifreq.
         let result = unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut ifreq) };
         step(result, name, "setting it up", "")
+    }
+
+    /// Why it did not join the bridge, from the last system call's error and from what bridges there are.
+    fn no_bridge(&self, bridge: &str) -> TapError {
+        let (name, source) = (self.name.clone(), std::io::Error::last_os_error());
+        let all = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
+        let bridges = all.filter(|one| one.path().join("bridge").is_dir());
+        let mut bridges: Vec<String> = bridges.map(|one| one.file_name().to_string_lossy().into_owned()).collect();
+        bridges.sort();
+        if bridges.iter().any(|one| one == bridge) {
+            return TapError::Step { name, what: "joining the bridge", source, hint: "" };
+        }
+        let there = if bridges.is_empty() { "none".to_owned() } else { bridges.join(", ") };
+        TapError::Bridge { name, bridge: bridge.to_owned(), there }
     }
 
     /// Gives the interface (not the guest) an address that begins with fe. A bridge without an address of its own takes the

@@ -170,7 +170,7 @@ impl Drop for Namespace {
 }
 
 fn nic(name: &str) -> NicConfig {
-    let tap = TapConfig::Name { name: name.to_owned(), bridge: Some("br0".to_owned()) };
+    let tap = TapConfig::Name { name: name.to_owned(), bridge: Some("br0".to_owned()), vlan: None };
     NicConfig { mac: [2, 0, 0, 9, 8, 2], tap, mtu: 1500, offload: true }
 }
 

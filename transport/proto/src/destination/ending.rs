@@ -6,7 +6,7 @@ use crate::commit::JournalRecordKind;
 use crate::time::Instant;
 use crate::wire::code::Code;
 use crate::wire::limits::{ANNOUNCEMENTS_MAX, WORDS_BYTES_MAX, fit};
-use crate::wire::message::{Message, ReadyTimes, RunningTimes, VerdictAnswer};
+use crate::wire::message::{Message, Reached, ReadyTimes, RunningTimes, VerdictAnswer};
 use std::time::Duration;
 
 /// `ready` is being written.
@@ -124,9 +124,10 @@ impl Resuming {
 impl Running {
     pub(super) fn on(mut self, core: &mut Core, event: DestinationEvent) -> State {
         match event {
-            DestinationEvent::Announced { announcements, cpu_us } => {
+            DestinationEvent::Announced { announcements, cpu_us, reached } => {
                 self.announcing = false;
                 core.report.cpu_us = cpu_us;
+                core.report.reached = Reached { words: fit(&reached.words, WORDS_BYTES_MAX), ..reached };
                 core.report.announcements =
                     announcements.iter().take(ANNOUNCEMENTS_MAX).map(|line| fit(line, WORDS_BYTES_MAX)).collect();
                 while core.report.announcements.iter().map(|line| line.len() + 3).sum::<usize>() > crate::record::RECORD_BYTES_MAX

@@ -200,6 +200,16 @@ pub struct RunningTimes {
     pub resume_us: u64,
 }
 
+/// Whether the guest answered the network at the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Reached {
+    /// From its resume until its first answer, in microseconds; none: it was not heard.
+    pub after_us: Option<u64>,
+    /// How it was asked, or why there is no answer; empty where nobody asked.
+    #[serde(deserialize_with = "text::<_, WORDS_BYTES_MAX>")]
+    pub words: String,
+}
+
 /// What the destination has to tell for the report.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DestinationReport {
@@ -214,6 +224,8 @@ pub struct DestinationReport {
     /// What the first round of announcements sent, one line each.
     #[serde(deserialize_with = "lines")]
     pub announcements: Vec<String>,
+    /// Whether the guest answered the network.
+    pub reached: Reached,
 }
 
 /// The destination's word on a generation that its source is in doubt about.

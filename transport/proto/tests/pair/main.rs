@@ -99,6 +99,8 @@ fn a_guest_moves() {
     let parts = report.downtime_parts_ms.unwrap();
     let sum = parts.pause + parts.last_round + parts.state + parts.commit + parts.resume;
     assert!((sum - report.downtime_ms.unwrap()).abs() < 0.001);
+    let gap = report.network_gap_ms.unwrap() - report.downtime_ms.unwrap();
+    assert!((gap - 0.7).abs() < 0.001 && report.network_gap_by.as_deref() == Some("ARP probe"), "{report:?}");
     let json = serde_json::to_string(&report).unwrap();
     let again: Report = serde_json::from_str(&json).unwrap();
     assert_eq!((again.outcome, again.rounds, &again.announcements), (report.outcome, 3, &report.announcements));

@@ -13,7 +13,7 @@ use limosa_proto::record::Record;
 use limosa_proto::source::{RoundSent, Source, SourceAction, SourceConfig, SourceEvent, SourceOutcome};
 use limosa_proto::time::Instant;
 use limosa_proto::wire::frame::LaneToken;
-use limosa_proto::wire::message::{Message, NicDescription, Refusal, VmDescription};
+use limosa_proto::wire::message::{Message, NicDescription, Reached, Refusal, VmDescription};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -649,7 +649,8 @@ impl World {
             DestinationAction::Journal(record) => DestinationEvent::Journaled(record.kind),
             DestinationAction::Resume => DestinationEvent::Resumed,
             DestinationAction::Announce => {
-                DestinationEvent::Announced { announcements: vec!["arp on lan".to_owned()], cpu_us: 5 }
+                let reached = Reached { after_us: Some(700), words: "ARP probe".to_owned() };
+                DestinationEvent::Announced { announcements: vec!["arp on lan".to_owned()], cpu_us: 5, reached }
             }
             _ => return,
         });

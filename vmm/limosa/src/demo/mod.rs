@@ -119,6 +119,7 @@ fn finish(lab: &Lab, job: JobInfo, verified: bool, check: String, pings: &Pings)
         report.verified = Some(verified && job.state == JobState::Done);
         let period = pinger::PERIOD.as_secs_f64() * 1000.0;
         report.network_gap_ms = Some((pings.largest_gap_ms - period).max(0.0));
+        report.network_gap_by = Some(format!("pings from the switch, one each {period:.0} ms"));
     }
     Ok((job, verified, check))
 }

@@ -3,7 +3,7 @@
 
 use super::console::Console;
 use super::sandbox::{self, Files};
-use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, tap_name};
+use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, bridge_and_vlan, tap_name};
 use limosa_machine::{
     BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig,
     NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
@@ -11,7 +11,7 @@ use limosa_machine::{
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
 use limosa_proto::wire::limits::PATH_BYTES_MAX;
-use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
+use limosa_proto::wire::message::{DiskDescription, ImageFormat, VmDescription};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -52,8 +52,8 @@ pub(super) fn machine(
 ) -> Result<Machine, String> {
     let mut nics = Vec::new();
     for (index, nic) in config.nics.iter().enumerate() {
-        let bridge = bridge_of(nic, bridges)?;
-        let tap = TapConfig::Name { name: tap_name(id, index), bridge };
+        let (bridge, vlan) = bridge_of(nic, bridges)?.unzip();
+        let tap = TapConfig::Name { name: tap_name(id, index), bridge, vlan: vlan.flatten() };
         nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu, offload: nic.offload });
     }
     let memory = MemoryConfig {
@@ -75,9 +75,13 @@ fn disk(disk: &DiskConfig) -> MachineDisk {
     MachineDisk { path, format, readonly, serial, resolved }
 }
 
-fn bridge_of(nic: &NicConfig, bridges: &[(String, String)]) -> Result<Option<String>, String> {
+/// The bridge of a NIC, and its VLAN there: the NIC's own, or else the network's ("br0:100").
+fn bridge_of(nic: &NicConfig, bridges: &[(String, String)]) -> Result<Option<(String, Option<u16>)>, String> {
     match bridges.iter().find(|(network, _)| *network == nic.network) {
-        Some((_, bridge)) => Ok(Some(bridge.clone())),
+        Some((_, bridge)) => {
+            let (bridge, vlan) = bridge_and_vlan(bridge)?;
+            Ok(Some((bridge.to_owned(), nic.vlan.or(vlan))))
+        }
         None if bridges.is_empty() => Ok(None),
         None => {
             let known: Vec<&str> = bridges.iter().map(|(network, _)| network.as_str()).collect();
@@ -100,13 +104,6 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         page_bytes: region.page_size.bytes(),
     };
     let memory = MemoryMap::new(machine.regions().into_iter().map(region).collect()).map_err(|e| e.to_string())?;
-    let nic = |nic: &NicConfig| NicDescription {
-        mac: nic.mac,
-        network: nic.network.clone(),
-        mtu: nic.mtu,
-        vlan: nic.vlan,
-        addresses: nic.addresses.clone(),
-    };
     let disk = |(disk, info): (&DiskConfig, DiskInfo)| {
         let path = std::path::absolute(&disk.path).map_err(|e| format!("disk {}: {e}", disk.path.display()))?;
         let told = path.to_str().filter(|path| path.len() <= PATH_BYTES_MAX && !path.chars().any(char::is_control));
@@ -122,7 +119,7 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         name: config.name.clone(),
         vcpus: config.vcpus,
         memory,
-        nics: config.nics.iter().map(nic).collect(),
+        nics: config.nics.iter().map(NicConfig::describe).collect(),
         disks,
         vmm: VMM_KIND.into(),
         records: Kind::all().collect(),
@@ -219,7 +216,11 @@ mod tests {
     fn unknown_networks_are_named() {
         let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500, offload: true };
         assert_eq!(bridge_of(&nic, &[]), Ok(None));
-        assert_eq!(bridge_of(&nic, &[("lan".into(), "br0".into())]), Ok(Some("br0".into())));
+        let of = |nic: &NicConfig, bridge: &str| bridge_of(nic, &[("lan".into(), bridge.into())]);
+        assert_eq!(of(&nic, "br0"), Ok(Some(("br0".into(), None))));
+        assert_eq!(of(&nic, "br0:100"), Ok(Some(("br0".into(), Some(100)))));
+        assert_eq!(of(&NicConfig { vlan: Some(7), ..nic.clone() }, "br0:100"), Ok(Some(("br0".into(), Some(7)))));
+        assert!(of(&nic, "br0:4095").unwrap_err().contains("1 to 4094"));
         let error = bridge_of(&nic, &[("wan".into(), "br1".into())]).unwrap_err();
         assert_eq!(error, "network \"lan\" is not known on this host; known: wan");
     }

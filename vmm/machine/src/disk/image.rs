@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,7 +27,7 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 const QCOW2_CRYPT: std::ops::Range<usize> = 32..36;
 const SERIAL_BYTES_MAX: usize = 20;
 /// Zeros that are written at a time where the file system has no better way.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A disk's image, shared by its device and by the machine that takes its lock and gives it up.
 pub(crate) struct Disk {

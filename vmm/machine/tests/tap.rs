@@ -1,0 +1,67 @@
+//! Opening TAPs: what is in the way is said in words and leaves nothing, and a VLAN makes an access port. Needs root.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use limosa_machine::Tap;
+use nix::sched::{CloneFlags, unshare};
+use std::process::Command;
+
+#[allow(unreachable_pub, dead_code)]
+#[path = "../../../tests/rig/skip.rs"]
+mod skip;
+
+/// Runs `work` on a thread in a network namespace of its own.
+fn apart(work: impl FnOnce() + Send) {
+    if !nix::unistd::geteuid().is_root() {
+        return skip::skip("network namespaces need root");
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // With a view of /sys that is this namespace's.
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+            assert!(run("mount --make-rslave /") && run("mount -t sysfs none /sys"));
+            work();
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+fn run(words: &str) -> bool {
+    let mut words = words.split(' ');
+    Command::new(words.next().unwrap()).args(words).output().is_ok_and(|output| output.status.success())
+}
+
+#[test]
+fn what_is_in_the_way_is_said_with_the_names_that_are_there() {
+    apart(|| {
+        let _held = Tap::open("tap0", None, None, 1500).unwrap();
+        let busy = Tap::open("tap0", None, None, 1500).unwrap_err().to_string();
+        assert!(busy.contains("tap0") && busy.contains("another process has it open"), "{busy}");
+        assert!(run("ip link add br0 type bridge") && run("ip link add br1 type bridge"));
+        let other = Tap::open("br0", None, None, 1500).unwrap_err().to_string();
+        assert!(other.contains("is no TAP"), "{other}");
+        let missing = Tap::open("tap1", Some("br9"), None, 1500).unwrap_err().to_string();
+        assert_eq!(missing, "TAP tap1: there is no bridge br9 on this host; bridges here: br0, br1");
+        assert!(!run("ip link show tap1"), "a TAP is left");
+        let plain = Tap::open("tap1", Some("br0"), Some(7), 1500).unwrap_err().to_string();
+        assert!(plain.contains("VLAN 7") && plain.contains("br0 does not filter VLANs"), "{plain}");
+        assert!(!run("ip link show tap1"), "a TAP is left");
+    });
+}
+
+#[test]
+fn a_tap_in_a_vlan_is_an_access_port_of_it_and_of_nothing_else() {
+    apart(|| {
+        if !run("ip link add br0 type bridge vlan_filtering 1") {
+            return skip::skip_kernel_lacks("bridge with vlan_filtering (CONFIG_BRIDGE_VLAN_FILTERING)");
+        }
+        let _tap = Tap::open("tap0", Some("br0"), Some(7), 1500).unwrap();
+        let _untagged = Tap::open("tap1", Some("br0"), None, 1500).unwrap();
+        let of = |device: &str| {
+            let output = Command::new("bridge").args(["-j", "vlan", "show", "dev", device]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap().replace(char::is_whitespace, "")
+        };
+        assert!(of("tap0").contains(r#""vlans":[{"vlan":7,"flags":["PVID","EgressUntagged"]}]"#), "{}", of("tap0"));
+        assert!(of("tap1").contains(r#""vlans":[{"vlan":1,"#), "{}", of("tap1"));
+        assert!(of("br0").contains(r#"{"vlan":7}"#), "{}", of("br0"));
+    });
+}
