@@ -63,5 +63,8 @@ fn a_tap_in_a_vlan_is_an_access_port_of_it_and_of_nothing_else() {
         assert!(of("tap0").contains(r#""vlans":[{"vlan":7,"flags":["PVID","EgressUntagged"]}]"#), "{}", of("tap0"));
         assert!(of("tap1").contains(r#""vlans":[{"vlan":1,"#), "{}", of("tap1"));
         assert!(of("br0").contains(r#"{"vlan":7}"#), "{}", of("br0"));
+        // The bridge's own VLAN stays as it is.
+        let _own = Tap::open("tap2", Some("br0"), Some(1), 1500).unwrap();
+        assert!(of("br0").contains(r#"{"vlan":1,"flags":["PVID","EgressUntagged"]}"#), "{}", of("br0"));
     });
 }
