@@ -18,7 +18,7 @@ pub mod spec;
 pub use anyhow::{Context, Error, Result, bail, ensure};
 pub use host::{AgentConfig, Host};
 pub use lab::{Lab, with_bare_lab, with_lab};
-pub use skip::skip;
+pub use skip::{skip, skip_kernel_lacks};
 pub use spec::GuestSpec;
 
 use guest::GuestImages;
