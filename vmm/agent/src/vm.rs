@@ -325,7 +325,17 @@ mod tests {
         let memory = limosa_proto::memory::Region { gpa: limosa_proto::memory::Gpa(0), bytes: 4096, page_bytes: 4096 };
         let memory = limosa_proto::memory::MemoryMap::new(vec![memory]).unwrap();
         let (nics, name, vmm) = (vec![nic(1), nic(2)], "web".into(), "limosa".into());
-        vm.set_description(VmDescription { id: vm.id, name, vcpus: 1, memory, nics, vmm, records: vec![], config: vec![] });
+        vm.set_description(VmDescription {
+            id: vm.id,
+            name,
+            vcpus: 1,
+            memory,
+            nics,
+            disks: vec![],
+            vmm,
+            records: vec![],
+            config: vec![],
+        });
         let addresses = |vm: &Vm| vm.description().unwrap().nics.into_iter().map(|nic| nic.addresses).collect::<Vec<_>>();
         assert_eq!(addresses(&vm), [vec![address(1)], vec![address(2)]]);
         vm.set_learned(vec![Learned::Known(vec![]), Learned::Known(vec![address(9), address(2)])]);
