@@ -404,6 +404,7 @@ pub fn vm(memory: &MemoryMap) -> VmDescription {
         vmm: "toy".into(),
         records: vec![(1, 1)],
         config: vec![],
+        cpu: Default::default(),
     }
 }
 

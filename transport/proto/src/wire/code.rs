@@ -85,6 +85,8 @@ codes! {
     LinkUnavailable = 21, "link-unavailable";
     /// A page that arrived is not the page that was sent.
     PageCheck = 22, "page-check";
+    /// The guest's CPU is not one that the destination can give it.
+    Cpu = 23, "cpu";
 }
 
 impl fmt::Display for Code {
