@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use kvm_bindings::kvm_cpuid_entry2 as CpuidEntry;
+
 use crate::devices::serial::SerialSink;
 use crate::memory::MemoryConfig;
 
@@ -16,12 +18,16 @@ pub struct MachineConfig {
     pub nics: Vec<NicConfig>,
     /// Where serial output goes.
     pub serial: SerialSink,
+    /// The CPUID that all vCPUs share, each with its own number put in; `None`: all that KVM offers.
+    pub cpuid: Option<Vec<CpuidEntry>>,
+    /// Feature MSRs that are not to have the value that KVM gives them.
+    pub feature_msrs: Vec<(u32, u64)>,
 }
 
 impl MachineConfig {
     /// A machine without network, whose serial output is dropped.
     pub fn new(vcpus: u32, memory: MemoryConfig) -> Self {
-        Self { vcpus, memory, nics: Vec::new(), serial: SerialSink::Null }
+        Self { vcpus, memory, nics: Vec::new(), serial: SerialSink::Null, cpuid: None, feature_msrs: Vec::new() }
     }
 }
 
