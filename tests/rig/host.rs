@@ -40,6 +40,8 @@ pub struct AgentConfig {
     pub quic: BTreeMap<String, String>,
     /// Keys of `[rdma]`.
     pub rdma: BTreeMap<String, String>,
+    /// Keys of `[cpu]`.
+    pub cpu: BTreeMap<String, String>,
 }
 
 impl Default for AgentConfig {
@@ -51,6 +53,7 @@ impl Default for AgentConfig {
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
+            cpu: BTreeMap::new(),
         }
     }
 }
@@ -79,6 +82,12 @@ impl AgentConfig {
         self
     }
 
+    /// Keeps CPU features back from guests.
+    pub fn hide(mut self, features: &[&str]) -> AgentConfig {
+        self.cpu.insert("hide".to_owned(), format!("{features:?}"));
+        self
+    }
+
     /// Sets the allow-list.
     pub fn peers(mut self, peers: &[&str]) -> AgentConfig {
         self.peers = peers.iter().map(|p| (*p).to_owned()).collect();
@@ -102,7 +111,7 @@ impl AgentConfig {
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
         }
-        for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma)] {
+        for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("cpu", &self.cpu)] {
             writeln!(text, "\n[{name}]")?;
             for (key, value) in section {
                 writeln!(text, "{key} = {value}")?;

@@ -23,6 +23,8 @@ pub struct GuestSpec {
     pub vcpus: u32,
     /// The network of its NIC.
     pub network: String,
+    /// Its `cpu`, as the configuration writes it; none: the default.
+    pub cpu: Option<String>,
 }
 
 impl GuestSpec {
@@ -37,6 +39,7 @@ impl GuestSpec {
             fill: "16M".into(),
             vcpus: 1,
             network: "lan".into(),
+            cpu: None,
         }
     }
 
@@ -73,11 +76,18 @@ impl GuestSpec {
         format!("fd00:77::{:x}", 100 + u16::from(self.number))
     }
 
+    /// Which of its host's CPU it sees, as the configuration writes it.
+    pub fn cpu(mut self, cpu: &str) -> GuestSpec {
+        self.cpu = Some(cpu.to_owned());
+        self
+    }
+
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
         let cmdline = format!("ws={} dirty={} fill={} ip={} heartbeat=50", self.ws, self.dirty, self.fill, self.ip());
+        let cpu = self.cpu.as_ref().map_or(String::new(), |cpu| format!("cpu = {cpu}\n"));
         format!(
-            "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
+            "{cpu}name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
              [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
             self.name,
             self.memory,

@@ -229,7 +229,8 @@ impl Sessions {
             }
             other => {
                 let name = other.name();
-                let words = format!("a control channel begins with Hello, VerdictAsk, LinksAsk, CpuAsk or CheckAsk, not with {name}");
+                let words =
+                    format!("a control channel begins with Hello, VerdictAsk, LinksAsk, CpuAsk or CheckAsk, not with {name}");
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }

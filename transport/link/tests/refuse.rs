@@ -252,7 +252,8 @@ async fn a_question_ahead_tells_the_reasons_and_changes_nothing() {
     assert!(toy.saw.memory.lock().unwrap().is_none(), "a VMM was made");
     // A stranger's answer is bounded too.
     toy.stop.cancel("over");
-    let gone = TcpLink::new("127.0.0.1:1".to_owned(), toy.key.id(), sender.key.clone(), TrustedHosts::default(), Duration::from_secs(1));
+    let gone =
+        TcpLink::new("127.0.0.1:1".to_owned(), toy.key.id(), sender.key.clone(), TrustedHosts::default(), Duration::from_secs(1));
     assert!(ask_cpu(&gone).await.unwrap_err().to_string().contains("127.0.0.1:1"));
     let toy = Toy::start(ToySettings::default()).await;
     good(&sender, &toy).await;

@@ -13,7 +13,7 @@ use crate::vcpu_state::VcpuRecord;
 const FEATURE_MSRS: [u32; 1] = [0x10a];
 
 /// What KVM can give to guests here.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct HostCpu {
     /// CPUID as the only vCPU of a machine sees it: what KVM supports, with what it makes by itself.
     pub cpuid: Vec<kvm_cpuid_entry2>,

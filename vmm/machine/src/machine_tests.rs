@@ -1,8 +1,8 @@
 //! Tests of a machine on hosts that offer less than this one does.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 use super::*;
-use crate::state::RecordError;
 use crate::boot::tests::{elf, file};
+use crate::state::RecordError;
 use kvm_bindings::{KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
 use std::time::{Duration, Instant};
 
@@ -224,6 +224,7 @@ fn a_record_tells_the_cpuid_that_its_vcpu_had() {
     let told: Vec<_> = records.iter().filter_map(|record| crate::saved_cpuid(record).unwrap()).collect();
     let seen = machine.vcpus.vcpus()[0].fd().get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
     assert_eq!(told, [seen.as_slice().to_vec()]);
-    let torn = StateRecord { bytes: vec![0xff; 8], ..records.iter().find(|record| record.kind == Kind::Vcpu as u16).unwrap().clone() };
+    let torn =
+        StateRecord { bytes: vec![0xff; 8], ..records.iter().find(|record| record.kind == Kind::Vcpu as u16).unwrap().clone() };
     assert!(matches!(crate::saved_cpuid(&torn), Err(RecordError::Body { kind: "vcpu", instance: 0, .. })));
 }

@@ -5,7 +5,9 @@ use crate::message::{BRIDGES_MAX, Fields, Malformed, name_length};
 use limosa_proto::cpu::{CpuProfile, Leaf};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, PAGE_BYTES, REGIONS_MAX, Region};
-use limosa_proto::wire::limits::{ADDRESSES_MAX, CONFIG_BYTES_MAX, CPU_LEAVES_MAX, CPU_MSRS_MAX, NICS_MAX, RECORD_KINDS_MAX, VCPUS_MAX};
+use limosa_proto::wire::limits::{
+    ADDRESSES_MAX, CONFIG_BYTES_MAX, CPU_LEAVES_MAX, CPU_MSRS_MAX, NICS_MAX, RECORD_KINDS_MAX, VCPUS_MAX,
+};
 use limosa_proto::wire::message::{NicDescription, VmDescription};
 use std::net::IpAddr;
 

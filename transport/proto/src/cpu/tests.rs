@@ -55,7 +55,10 @@ fn without(cpu: &CpuProfile, names: &[&str]) -> CpuProfile {
 #[test]
 fn a_profile_says_who_it_is() {
     let cpu = wide();
-    assert_eq!((cpu.vendor().as_str(), cpu.signature(), cpu.brand().as_str()), ("GenuineIntel", (6, 0xcf, 2), "Weak! "[..5].trim()));
+    assert_eq!(
+        (cpu.vendor().as_str(), cpu.signature(), cpu.brand().as_str()),
+        ("GenuineIntel", (6, 0xcf, 2), "Weak! "[..5].trim())
+    );
     assert_eq!((cpu.xcr0(), cpu.xsave_bytes(), cpu.physical_bits()), (0x2e7, 2696, 46));
     assert_eq!(cpu.component_names(), ["x87", "sse", "avx", "avx512_opmask", "avx512_zmm_hi256", "avx512_hi16_zmm", "pku"]);
     assert_eq!(CpuProfile::default().vendor(), "");

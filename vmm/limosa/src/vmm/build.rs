@@ -1,10 +1,12 @@
 //! From a guest's configuration to a machine: NICs with their bridges, the serial line's sink, memory.
 //! It boots nothing and answers nobody; `plugged` does.
 
+use super::cpu::GuestCpu;
 use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
     BootConfig, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
 use limosa_proto::wire::message::{NicDescription, VmDescription};
@@ -19,7 +21,13 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 
 /// Builds the machine; `bridges` says which bridge each network has on this host, or is none where the VMM runs
 /// without an agent and its NICs may stay unplugged.
-pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)], populate: bool) -> Result<Machine, String> {
+pub(super) fn machine(
+    config: &VmConfig,
+    id: VmId,
+    bridges: &[(String, String)],
+    populate: bool,
+    cpu: &GuestCpu,
+) -> Result<Machine, String> {
     let mut nics = Vec::new();
     for (index, nic) in config.nics.iter().enumerate() {
         let bridge = bridge_of(nic, bridges)?;
@@ -33,7 +41,8 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
         ..MemoryConfig::new(config.memory)
     };
     let serial = serial(&config.serial).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
-    let machine = MachineConfig { nics, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let (cpuid, feature_msrs) = (cpu.cpuid.clone(), cpu.msrs.clone());
+    let machine = MachineConfig { nics, serial, cpuid, feature_msrs, ..MachineConfig::new(config.vcpus, memory) };
     Machine::new(machine).map_err(|e| words(&e))
 }
 
@@ -55,7 +64,13 @@ pub(super) fn boot(machine: &Machine, config: &VmConfig) -> Result<(), String> {
 }
 
 /// The guest as it is described to the agent and to the other host.
-pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &str) -> Result<VmDescription, String> {
+pub(super) fn describe(
+    machine: &Machine,
+    config: &VmConfig,
+    id: VmId,
+    text: &str,
+    cpu: &CpuProfile,
+) -> Result<VmDescription, String> {
     let region = |region: limosa_machine::RegionInfo<'_>| Region {
         gpa: Gpa(region.gpa),
         bytes: region.bytes,
@@ -78,6 +93,7 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         vmm: VMM_KIND.into(),
         records: (1..=7).map(|kind| (kind, 1)).collect(),
         config: text.as_bytes().to_vec(),
+        cpu: cpu.clone(),
     })
 }
 

@@ -2,10 +2,12 @@
 //! It has no network socket of its own, its TAPs apart, and knows no other host.
 
 mod build;
+mod cpu;
 mod plugged;
 
 use crate::args::VmmArgs;
 use crate::commands::Ended as Exit;
+use crate::output;
 use limosa_agent::api::{ApiError, exit};
 use limosa_agent::vm_config::VmConfig;
 use limosa_plug::{Ended, EventSender, ServeOptions, Token, VmState, events, serve};
@@ -20,6 +22,11 @@ use std::time::Duration;
 const AGENT_WAIT_MAX: Duration = Duration::from_secs(20);
 
 pub(crate) fn run(args: &VmmArgs) -> Exit {
+    if args.print_cpu {
+        let host = cpu::Host::ask().map_err(|words| ApiError::refused("cpu", words))?;
+        output::json(&host.told());
+        return Ok(exit::DONE);
+    }
     let token = token(args.token.as_deref())?;
     let Some(file) = &args.config else {
         let socket = args.plug.clone().ok_or_else(|| ApiError::usage("plug", "--incoming needs --plug"))?;
@@ -28,7 +35,9 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
     let (config, text) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
     let id = random_id()?;
     let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
-    let running = Running::build(&config, id, &text, &args.bridge, config.populate).map_err(failed)?;
+    let limit = args.cpu_limit.as_deref().map(cpu::read_limit).transpose().map_err(failed)?;
+    let guest = cpu::Host::ask().and_then(|host| host.starting(&config, limit.as_ref())).map_err(failed)?;
+    let running = Running::build(&config, id, &text, &args.bridge, config.populate, guest).map_err(failed)?;
     build::boot(&running.machine, &config).map_err(failed)?;
     running.machine.resume().map_err(|e| failed(build::words(&e)))?;
     tracing::info!(vm = config.name, %id, memory = config.memory, vcpus = config.vcpus, "the guest runs");

@@ -2,6 +2,7 @@
 //! The socket and the order of requests are `limosa_plug`'s; what a machine is made of is in `build`.
 
 use super::build;
+use super::cpu::{GuestCpu, Host};
 use limosa_agent::vm_config::{Serial, VmConfig};
 use limosa_machine::{Machine, MachineEvent, StateRecord};
 use limosa_plug::{DirtyBitmap, EventSender, Vmm, VmmDescription, VmmEvent};
@@ -25,6 +26,8 @@ pub(super) struct Running {
 /// The VMM as the plug sees it; without a machine until an incoming one is prepared.
 pub(super) struct Plugged {
     running: Option<Running>,
+    /// What KVM offers here, where a guest is coming in.
+    host: Option<Host>,
     events: EventSender,
 }
 
@@ -36,9 +39,10 @@ impl Running {
         text: &str,
         bridges: &[(String, String)],
         populate: bool,
+        cpu: GuestCpu,
     ) -> Result<Running, String> {
-        let machine = build::machine(config, id, bridges, populate)?;
-        let description = build::describe(&machine, config, id, text)?;
+        let machine = build::machine(config, id, bridges, populate, &cpu)?;
+        let description = build::describe(&machine, config, id, text, &cpu.profile)?;
         Ok(Running { machine: Arc::new(machine), description })
     }
 
@@ -50,7 +54,7 @@ impl Running {
 impl Plugged {
     /// For a machine that runs already, or for one that comes from another host.
     pub(super) fn new(running: Option<Running>, events: EventSender) -> Plugged {
-        let plugged = Plugged { running, events };
+        let plugged = Plugged { running, host: None, events };
         if let Some(running) = &plugged.running {
             plugged.watch(&running.machine);
         }
@@ -126,13 +130,15 @@ impl Vmm for Plugged {
     fn prepare(&mut self, description: &VmDescription, bridges: &[(String, String)]) -> Result<VmmDescription, String> {
         let (config, text) = incoming_config(description)?;
         // The agent populates the memory through its own mapping, when its configuration says so.
-        let running = Running::build(&config, description.id, &text, bridges, false)?;
+        let host = Host::ask()?;
+        let cpu = host.arriving(&description.cpu)?;
+        let running = Running::build(&config, description.id, &text, bridges, false, cpu)?;
         if !same_shape(&running.description.memory, &description.memory) {
             return Err("this VMM lays memory out in another way than the source's".into());
         }
         let described = running.described()?;
         self.watch(&running.machine);
-        self.running = Some(running);
+        (self.running, self.host) = (Some(running), Some(host));
         Ok(described)
     }
 
@@ -167,7 +173,11 @@ impl Vmm for Plugged {
 
     fn load(&mut self, state: Vec<Record>) -> Result<(), String> {
         let record = |Record { kind, version, instance, bytes }| StateRecord { kind, version, instance, bytes };
-        self.machine()?.load(state.into_iter().map(record).collect()).map_err(|e| build::words(&e))
+        let records: Vec<StateRecord> = state.into_iter().map(record).collect();
+        if let Some(host) = &self.host {
+            host.check_saved(&records)?;
+        }
+        self.machine()?.load(records).map_err(|e| build::words(&e))
     }
 
     fn resume(&mut self) -> Result<(), String> {
@@ -213,6 +223,7 @@ mod tests {
             vmm: "limosa".into(),
             records: vec![],
             config,
+            cpu: Default::default(),
         }
     }
 
