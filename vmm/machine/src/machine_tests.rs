@@ -172,13 +172,14 @@ fn what_is_masked_is_hidden_from_the_guest() {
     let bit = |cpuid: &[kvm_bindings::kvm_cpuid_entry2], function: u32, of: fn(&kvm_bindings::kvm_cpuid_entry2) -> u32| {
         cpuid.iter().find(|entry| entry.function == function && entry.index == 0).map_or(0, of)
     };
+    const CX16: u32 = 1 << 13;
     const AVX: u32 = 1 << 28;
     let mut chosen = host.cpuid.clone();
     // A guest without AVX and the features built on it, whose XCR0 has room for x87 and SSE only.
     chosen.retain(|entry| entry.function != 0xd || entry.index < 2);
     for entry in &mut chosen {
         match (entry.function, entry.index) {
-            (1, _) => entry.ecx &= !(AVX | 1 << 12 | 1 << 29),
+            (1, _) => entry.ecx &= !(AVX | CX16 | 1 << 12 | 1 << 29),
             (7, 0) => (entry.ebx, entry.ecx, entry.edx) = (entry.ebx & !(1 << 5 | 0xdc23_0000), 0, 0),
             (7, _) => (entry.eax, entry.edx) = (0, 0),
             (0xd, 0) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0b11, 576, 576, 0),
@@ -194,13 +195,15 @@ fn what_is_masked_is_hidden_from_the_guest() {
     };
     for vcpu in [0, 1] {
         let cpuid = seen(&masked, vcpu);
-        assert_eq!(bit(&cpuid, 1, |leaf| leaf.ecx) & AVX, 0);
+        assert_eq!(bit(&cpuid, 1, |leaf| leaf.ecx) & (AVX | CX16), 0);
         assert_eq!(bit(&cpuid, 7, |leaf| leaf.ebx) & 1 << 5, 0);
         assert_eq!(bit(&cpuid, 0xd, |leaf| leaf.eax) & !0b11, 0);
         assert!(!cpuid.iter().any(|entry| entry.function == 0xd && entry.index >= 2), "components that are gone");
         assert_eq!(bit(&cpuid, 1, |leaf| leaf.ebx) >> 24, vcpu as u32);
     }
-    assert_eq!(bit(&seen(&whole, 0), 1, |leaf| leaf.ecx) & AVX, bit(&host.cpuid, 1, |leaf| leaf.ecx) & AVX);
+    let kept = bit(&seen(&whole, 0), 1, |leaf| leaf.ecx);
+    assert_eq!(kept & (AVX | CX16), bit(&host.cpuid, 1, |leaf| leaf.ecx) & (AVX | CX16));
+    assert_ne!(kept & CX16, 0, "every CPU that KVM runs on has it, so its absence above is the mask's");
     // What the guest itself cannot switch on either: KVM holds XCR0 to the CPUID.
     if bit(&host.cpuid, 0xd, |leaf| leaf.eax) & 0b100 != 0 {
         let switched_on = |machine: &Machine| {

@@ -60,7 +60,6 @@ fn show_cpu(report: &HostCpuReport) {
     };
     let mut rows = vec![
         vec!["host".to_string(), report.name.clone()],
-        vec!["CPU".into(), report.brand.clone()],
         vec![
             "model".into(),
             format!("{} family {} model {} stepping {}", report.vendor, report.family, report.model, report.stepping),
@@ -70,6 +69,9 @@ fn show_cpu(report: &HostCpuReport) {
         vec!["TSC".into(), tsc],
         vec!["vCPUs".into(), format!("{} at most in a guest; the host has {} CPUs", report.vcpus_max, report.cpus)],
     ];
+    if !report.brand.is_empty() {
+        rows.insert(1, vec!["CPU".into(), report.brand.clone()]);
+    }
     let mut name = "features";
     for line in wrapped(&report.features) {
         rows.push(vec![std::mem::take(&mut name).to_string(), line]);
