@@ -59,6 +59,8 @@ const IDS: &[(&str, Code)] = &[
     ("cpu-feature", Code::Cpu),
     ("cpu-xsave", Code::Cpu),
     ("tsc-frequency", Code::Cpu),
+    ("shutdown", Code::Shutdown),
+    ("busy", Code::Busy),
 ];
 
 /// The code of the first reason.

@@ -8,7 +8,7 @@ use std::io::{self, Read as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 /// A process that this agent started.
@@ -78,24 +78,26 @@ pub fn output(program: &[String], arguments: &[String], bytes_max: u64, patience
     let (printed, said) = (reader(child.stdout.take(), bytes_max), reader(child.stderr.take(), 4096));
     let mut process = Process { child };
     let until = Instant::now() + patience;
-    // Its end of the pipe closes when it ends, and here when it has printed too much: then it ends too.
+    let late = || format!("{first} did not end within {} s", patience.as_secs());
+    // One that prints too much is read no further, and ends by that.
     let ended = loop {
         match process.ended() {
             Some(how) => break how,
             None if Instant::now() > until => {
                 process.end_after(Duration::ZERO);
-                return Err(format!("{first} did not end within {} s", patience.as_secs()));
+                return Err(late());
             }
             None => std::thread::sleep(Duration::from_millis(2)),
         }
     };
-    let printed = printed.join().unwrap_or_default();
-    let said = said.join().unwrap_or_default();
+    // A process that it left behind may hold the pipes open: it is not waited for.
+    let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
+    let printed = printed.recv_timeout(left()).map_err(|_| late())?;
     if printed.len() as u64 > bytes_max {
         return Err(format!("{first} printed more than {bytes_max} bytes"));
     }
     if !process.child.wait().is_ok_and(|status| status.success()) {
-        let said = String::from_utf8_lossy(&said).into_owned();
+        let said = String::from_utf8_lossy(&said.recv_timeout(left()).unwrap_or_default()).into_owned();
         let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         return Err(format!("{first} ended with {ended}: {}", last.trim_start_matches("limosa: ")));
     }
@@ -103,13 +105,15 @@ pub fn output(program: &[String], arguments: &[String], bytes_max: u64, patience
 }
 
 /// Reads one byte more than `bytes_max` at most, on a thread of its own.
-fn reader(pipe: Option<impl io::Read + Send + 'static>, bytes_max: u64) -> JoinHandle<Vec<u8>> {
+fn reader(pipe: Option<impl io::Read + Send + 'static>, bytes_max: u64) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
-        // What cannot be read is not there; how the process ended says more.
+        // What cannot be read is not there; how the process ended says more. Nobody may be waiting any more.
         let _ = pipe.map(|pipe| pipe.take(bytes_max + 1).read_to_end(&mut bytes));
-        bytes
-    })
+        let _ = sender.send(bytes);
+    });
+    receiver
 }
 
 /// When process `pid` started, in clock ticks since boot: with the pid it names one process for ever.
