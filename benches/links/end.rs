@@ -242,6 +242,7 @@ impl End {
             vmm: "bench".into(),
             records: vec![],
             config: vec![],
+            cpu: Default::default(),
         };
         let mut config = SourceConfig::new(MigrationId([2; 16]), Generation(migrate.generation), key.id(), vm);
         config.lanes = migrate.lanes;

@@ -46,6 +46,8 @@ pub struct AgentConfig {
     pub storage: BTreeMap<String, String>,
     /// A folder that the agent and its VMMs see at the place of another: (which, where).
     pub bind: Option<(PathBuf, PathBuf)>,
+    /// Keys of `[cpu]`.
+    pub cpu: BTreeMap<String, String>,
 }
 
 impl Default for AgentConfig {
@@ -60,6 +62,7 @@ impl Default for AgentConfig {
             rdma: BTreeMap::new(),
             storage: BTreeMap::new(),
             bind: None,
+            cpu: BTreeMap::new(),
         }
     }
 }
@@ -100,6 +103,12 @@ impl AgentConfig {
         self
     }
 
+    /// Keeps CPU features back from guests.
+    pub fn hide(mut self, features: &[&str]) -> AgentConfig {
+        self.cpu.insert("hide".to_owned(), format!("{features:?}"));
+        self
+    }
+
     /// Sets the allow-list.
     pub fn peers(mut self, peers: &[&str]) -> AgentConfig {
         self.peers = peers.iter().map(|p| (*p).to_owned()).collect();
@@ -132,9 +141,14 @@ impl AgentConfig {
                 writeln!(text, "{key} = {value}")?;
             }
         }
-        for (name, section) in
-            [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("storage", &self.storage)]
-        {
+        let sections = [
+            ("migration", &self.migration),
+            ("quic", &self.quic),
+            ("rdma", &self.rdma),
+            ("storage", &self.storage),
+            ("cpu", &self.cpu),
+        ];
+        for (name, section) in sections {
             writeln!(text, "\n[{name}]")?;
             for (key, value) in section {
                 writeln!(text, "{key} = {value}")?;

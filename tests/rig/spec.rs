@@ -31,6 +31,8 @@ pub struct GuestSpec {
     pub addresses_known: bool,
     /// More lines of its NIC, as TOML has them.
     pub nic: String,
+    /// Its `cpu`, as the configuration writes it; none: the default.
+    pub cpu: Option<String>,
 }
 
 impl GuestSpec {
@@ -49,6 +51,7 @@ impl GuestSpec {
             mac_number: None,
             addresses_known: true,
             nic: String::new(),
+            cpu: None,
         }
     }
 
@@ -110,8 +113,15 @@ impl GuestSpec {
         format!("fd00:77::{:x}", 100 + u16::from(self.number))
     }
 
+    /// Which of its host's CPU it sees, as the configuration writes it.
+    pub fn cpu(mut self, cpu: &str) -> GuestSpec {
+        self.cpu = Some(cpu.to_owned());
+        self
+    }
+
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
+        let cpu = self.cpu.as_ref().map_or(String::new(), |cpu| format!("cpu = {cpu}\n"));
         let addresses = format!("addresses = [\"{}\", \"{}\"]\n", self.ip(), self.ip6());
         let addresses = if self.addresses_known { addresses.as_str() } else { "" };
         let cmdline = format!(
@@ -122,7 +132,7 @@ impl GuestSpec {
             self.ip()
         );
         format!(
-            "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
+            "{cpu}name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
              [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\n{addresses}{}{}",
             self.name,
             self.memory,

@@ -5,12 +5,13 @@ use crate::driver::Cancel;
 use crate::pages::{Pages, Populate};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::JournalRecord;
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Reached, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -185,6 +186,18 @@ pub trait Hosting: Send + Sync + 'static {
     /// Which links this host offers to `peer`, and why not the others. Must not block.
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         Vec::new()
+    }
+
+    /// Every reason for which this guest could not come here now; none if it could. Nothing is changed. What is asked ahead of a
+    /// migration and what a migration itself is checked by are the same. May block.
+    fn check(&self, _peer: &Peer, _vm: &VmDescription) -> Vec<Reason> {
+        let words = "the destination does not say ahead whether a guest can come".to_owned();
+        vec![Reason { id: "unchecked".to_owned(), words }]
+    }
+
+    /// The CPU that this host gives to guests; empty if it cannot tell. May block.
+    fn cpu(&self, _peer: &Peer) -> CpuProfile {
+        CpuProfile::default()
     }
 
     /// A source in doubt asks about a migration that no driver here carries any more. `released`: it is as good as Commit;

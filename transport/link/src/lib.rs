@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+pub mod ask;
 pub mod choose;
 pub mod connect;
 pub mod control;
@@ -33,6 +34,7 @@ mod tcp;
 pub mod tls;
 
 pub use accept::{Listener, ListenerSettings};
+pub use ask::{AskError, ask_check, ask_cpu};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
 pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};

@@ -8,7 +8,8 @@ use crate::{Control, destination, probe};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{ControlHeader, LanePreamble, LaneToken};
-use limosa_proto::wire::message::{Message, Refusal};
+use limosa_proto::wire::limits::REASONS_MAX;
+use limosa_proto::wire::message::{Message, Reason, Refusal};
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -210,20 +211,36 @@ impl Sessions {
                 }
                 let hosting = self.0.hosting.clone();
                 let asked = tokio::task::spawn_blocking(move || hosting.verdict(&peer, migration, generation, released)).await;
-                match asked {
-                    Ok(answer) => say(&control, migration, generation, &Message::Verdict(answer)),
-                    Err(error) => tracing::error!(%error, "a verdict could not be found"),
-                }
+                answer(&control, &header, asked.map(Message::Verdict));
             }
             Message::LinksAsk => {
                 let offers = self.0.hosting.offers(&peer);
                 probe::answer(control, migration, generation, offers).await;
             }
+            Message::CpuAsk => {
+                let hosting = self.0.hosting.clone();
+                let asked = tokio::task::spawn_blocking(move || hosting.cpu(&peer)).await;
+                answer(&control, &header, asked.map(Message::Cpu));
+            }
+            Message::CheckAsk(vm) => {
+                let (hosting, full) = (self.0.hosting.clone(), self.full(self.open()));
+                let asked = tokio::task::spawn_blocking(move || hosting.check(&peer, &vm)).await;
+                answer(&control, &header, asked.map(|reasons| Message::Checked(with(reasons, full))));
+            }
             other => {
-                let words = format!("a control channel begins with Hello, VerdictAsk or LinksAsk, not with {}", other.name());
+                let name = other.name();
+                let words =
+                    format!("a control channel begins with Hello, VerdictAsk, LinksAsk, CpuAsk or CheckAsk, not with {name}");
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }
+    }
+
+    /// Why no further migration may come in where so many are `open`.
+    fn full(&self, open: usize) -> Option<Refusal> {
+        let most = self.0.incoming_max;
+        let words = || format!("{open} migrations come in here already, and no more than {most} may");
+        (open >= most).then(|| Refusal::one(Code::Busy, words()))
     }
 
     fn place(
@@ -233,9 +250,8 @@ impl Sessions {
         generation: Generation,
     ) -> Result<(Place, mpsc::UnboundedReceiver<Arrival>), Refusal> {
         let mut table = self.table();
-        if table.len() >= self.0.incoming_max {
-            let words = format!("{} migrations come in here already, and no more than {} may", table.len(), self.0.incoming_max);
-            return Err(Refusal::one(Code::Busy, words));
+        if let Some(refusal) = self.full(table.len()) {
+            return Err(refusal);
         }
         if table.contains_key(&(migration, generation)) {
             return Err(Refusal::one(Code::Busy, "this very migration is coming in already"));
@@ -266,6 +282,21 @@ fn admit(
     }
     gate.joined |= bit;
     Ok(entry.into.clone())
+}
+
+/// `reasons` and the reasons of a refusal, as many as a message holds.
+fn with(mut reasons: Vec<Reason>, refusal: Option<Refusal>) -> Vec<Reason> {
+    reasons.extend(refusal.into_iter().flat_map(|refusal| refusal.reasons));
+    reasons.truncate(REASONS_MAX);
+    reasons
+}
+
+/// Sends what a question came to.
+fn answer(control: &Control, header: &ControlHeader, asked: Result<Message, tokio::task::JoinError>) {
+    match asked {
+        Ok(message) => say(control, header.migration, header.generation, &message),
+        Err(error) => tracing::error!(%error, "a question of another host could not be answered"),
+    }
 }
 
 fn say(control: &Control, migration: MigrationId, generation: Generation, message: &Message) {

@@ -4,7 +4,7 @@
 
 mod toy;
 
-use limosa_link::{HostKey, ListenerSettings, TcpLink, TrustedHosts};
+use limosa_link::{HostKey, ListenerSettings, TcpLink, TrustedHosts, ask_check, ask_cpu};
 use limosa_proto::allow::AllowList;
 use limosa_proto::event::SourceOutcome;
 use limosa_proto::identity::{Generation, MigrationId};
@@ -231,4 +231,30 @@ async fn a_verdict_is_asked_by_trusted_hosts_only() {
     assert!(error.contains("trust"), "{error}");
     sender.befriend(&toy);
     assert_eq!(ask().await.unwrap(), VerdictAnswer::Unknown);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_ahead_tells_the_reasons_and_changes_nothing() {
+    let toy = Toy::start(ToySettings { incoming_max: 1, ..ToySettings::default() }).await;
+    let sender = sender();
+    let link = sender.link(&toy);
+    let described = toy::vm(&sender.guest.memory.map);
+    let error = ask_check(&*link, &described).await.unwrap_err();
+    assert_eq!(error.code(), Code::UnknownHost, "{error}");
+    sender.befriend(&toy);
+    assert_eq!(ask_check(&*link, &described).await.unwrap(), []);
+    assert_eq!(ask_cpu(&*link).await.unwrap().tsc_khz, 7);
+    let refusal = Refusal::one(Code::Memory, "no such pages");
+    *toy.saw.refuse.lock().unwrap() = Some(refusal.clone());
+    assert_eq!(ask_check(&*link, &described).await.unwrap(), refusal.reasons);
+    *toy.saw.refuse.lock().unwrap() = None;
+    assert_eq!((toy.sessions.open(), toy.outcomes.lock().unwrap().len()), (0, 0));
+    assert!(toy.saw.memory.lock().unwrap().is_none(), "a VMM was made");
+    // A stranger's answer is bounded too.
+    toy.stop.cancel("over");
+    let gone =
+        TcpLink::new("127.0.0.1:1".to_owned(), toy.key.id(), sender.key.clone(), TrustedHosts::default(), Duration::from_secs(1));
+    assert!(ask_cpu(&gone).await.unwrap_err().to_string().contains("127.0.0.1:1"));
+    let toy = Toy::start(ToySettings::default()).await;
+    good(&sender, &toy).await;
 }

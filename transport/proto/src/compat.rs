@@ -1,5 +1,6 @@
 //! Compatibility: whether a guest can run on a host, and every reason why not. Pure: the host says what it has.
 
+use crate::cpu::{self, CpuProfile};
 use crate::wire::code::Code;
 use crate::wire::limits::{NAME_BYTES_MAX, REASONS_MAX, VCPUS_MAX, WORDS_BYTES_MAX, fit};
 use crate::wire::message::{NicDescription, Reason, Refusal, VmDescription};
@@ -51,6 +52,10 @@ pub struct HostOffer {
     pub vmms: Vec<String>,
     /// Kinds of record that its VMM can load, each with the newest version it knows. Empty: the VMM will say.
     pub records: Vec<(u16, u16)>,
+    /// What it is called, for reasons that are read at the other side; empty: "the destination".
+    pub name: String,
+    /// The CPU that it can give to guests. Empty: it does not know, and the VMM will say.
+    pub cpu: CpuProfile,
 }
 
 /// Id of each reason and the code that it becomes on the wire.
@@ -75,6 +80,12 @@ const IDS: &[(&str, Code)] = &[
     ("disk-not-shared", Code::Disk),
     ("disk-format", Code::Disk),
     ("disk-locks", Code::Disk),
+    ("cpu-vendor", Code::Cpu),
+    ("cpu-feature", Code::Cpu),
+    ("cpu-xsave", Code::Cpu),
+    ("tsc-frequency", Code::Cpu),
+    ("shutdown", Code::Shutdown),
+    ("busy", Code::Busy),
 ];
 
 /// The code of the first reason.
@@ -115,6 +126,7 @@ pub fn check(vm: &VmDescription, host: &HostOffer) -> Vec<Reason> {
     check_nics(&vm.nics, host, THERE, &mut add);
     check_room(vm, host, &mut add);
     check_vmm(vm, host, &mut add);
+    check_cpu(vm, host, &mut add);
     reasons.truncate(REASONS_MAX);
     reasons
 }
@@ -233,6 +245,29 @@ fn check_vmm(vm: &VmDescription, host: &HostOffer, add: &mut impl FnMut(&str, St
     }
 }
 
+fn check_cpu(vm: &VmDescription, host: &HostOffer, add: &mut impl FnMut(&str, String)) {
+    let found = cpu::compare(&vm.cpu, &host.cpu);
+    let name = if host.name.is_empty() { "the destination".to_owned() } else { fit(&host.name, 40) };
+    if let Some((guest, here)) = &found.vendor {
+        add("cpu-vendor", cpu::vendor_words(guest, here, &name));
+    }
+    if !found.features.is_empty() {
+        add("cpu-feature", cpu::feature_words(&found.features, &name));
+    }
+    if !found.xsave.is_empty() {
+        add("cpu-xsave", cpu::xsave_words(&found.xsave, &name));
+    }
+    if let Some((guest, here)) = found.tsc_khz {
+        add("tsc-frequency", cpu::tsc_words(guest, here, &name));
+    }
+}
+
+/// Whether `reasons` are about the guest's CPU, so that another choice of it at its start would have helped.
+#[must_use]
+pub fn is_about_cpu(reasons: &[Reason]) -> bool {
+    reasons.iter().any(|reason| matches!(reason.id.as_str(), "cpu-feature" | "cpu-xsave"))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -259,6 +294,7 @@ mod tests {
             vmm: "limosa".to_owned(),
             records: vec![(1, 1), (2, 3)],
             config: vec![],
+            cpu: CpuProfile::default(),
         }
     }
 
@@ -348,6 +384,46 @@ mod tests {
         let refusal = refusal(check(&vm(), &host)).unwrap();
         assert_eq!((refusal.code, refusal.reasons.len()), (Code::NetworkMissing, 4));
         assert!(refusal.words().contains("; "));
+    }
+
+    #[test]
+    fn each_difference_of_the_cpu_has_its_id() {
+        use crate::cpu::Leaf;
+        let cpu = |ebx, vendor| CpuProfile {
+            leaves: vec![
+                Leaf { function: 0, ebx: vendor, ..Leaf::default() },
+                Leaf { function: 7, ebx, ..Leaf::default() },
+                Leaf { function: 0xd, eax: ebx & 0b100 | 0b11, ..Leaf::default() },
+            ],
+            tsc_khz: 2_000_000,
+            ..CpuProfile::default()
+        };
+        let (id, words) = one(|vm, host| {
+            (vm.cpu, host.cpu) = (cpu(1 << 5 | 1 << 3, 0x756e_6547), cpu(1 << 3, 0x756e_6547));
+            host.name = "beta".to_owned();
+        });
+        let said = "the guest uses CPU features that beta lacks: avx2 (CPUID 7.0 EBX bit 5)";
+        assert_eq!((id.as_str(), words.as_str()), ("cpu-feature", said));
+        let (id, words) = one(|vm, host| (vm.cpu, host.cpu) = (cpu(0, 0x756e_6547), cpu(0, 0x6874_7541)));
+        assert!(id == "cpu-vendor" && words.contains("Genu") && words.contains("Auth") && words.contains("the destination"));
+        let (id, words) = one(|vm, host| {
+            (vm.cpu, host.cpu) = (cpu(0, 1), cpu(0, 1));
+            vm.cpu.leaves[2].eax = 0b111;
+        });
+        assert!(id == "cpu-xsave" && words.contains("component 2 (avx) is missing"), "{words}");
+        let (id, words) = one(|vm, host| {
+            (vm.cpu, host.cpu) = (cpu(0, 1), cpu(0, 1));
+            host.cpu.tsc_khz = 2_500_000;
+        });
+        assert!(id == "tsc-frequency" && words.contains("2000.000 MHz") && words.contains("2500.000 MHz"), "{words}");
+        let reasons = |id: &str| vec![Reason { id: id.to_owned(), words: String::new() }];
+        assert_eq!(code(&reasons("cpu-xsave")), Code::Cpu);
+        assert!(is_about_cpu(&reasons("cpu-feature")) && !is_about_cpu(&reasons("vcpus")));
+        let (mut silent, mut told) = (vm(), host());
+        told.cpu = cpu(0, 1);
+        assert_eq!(found(&silent, &told), [], "a guest whose VMM says nothing of its CPU");
+        silent.cpu = told.cpu;
+        assert_eq!(found(&silent, &host()), [], "a host that does not know its own: the VMM will say");
     }
 
     #[test]

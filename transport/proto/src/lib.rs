@@ -22,7 +22,7 @@
 //! let memory = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 1 << 20, page_bytes: 4096 }])?;
 //! let vm = VmDescription {
 //!     id: VmId([1; 16]), name: "web".into(), vcpus: 1, memory: memory.clone(), nics: vec![], disks: vec![], vmm: "limosa".into(),
-//!     records: vec![], config: vec![],
+//!     records: vec![], config: vec![], cpu: Default::default(),
 //! };
 //! let (migration, generation, now) = (MigrationId([2; 16]), Generation(1), Instant::ZERO);
 //! let mut source = Source::new(now, SourceConfig::new(migration, generation, HostId([4; 32]), vm))?;
@@ -75,6 +75,7 @@ pub mod allow;
 pub mod bitmap;
 pub mod commit;
 pub mod compat;
+pub mod cpu;
 pub mod destination;
 pub mod error;
 pub mod event;

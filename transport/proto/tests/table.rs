@@ -31,6 +31,7 @@ fn vm() -> VmDescription {
         vmm: "limosa".to_owned(),
         records: vec![],
         config: vec![],
+        cpu: Default::default(),
     }
 }
 

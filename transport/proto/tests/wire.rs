@@ -1,6 +1,7 @@
 //! The bytes on the wire: golden bytes for every header and message, limits, and that nothing a peer sends panics.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use limosa_proto::cpu::{CpuProfile, Leaf};
 use limosa_proto::error::{Coded, Malformed, Violation, WireError};
 use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::memory::{Gpa, MemoryMap, PageRange, Region};
@@ -32,6 +33,11 @@ fn map() -> MemoryMap {
     MemoryMap::new(vec![region(0, 100), region(1 << 32, 300)]).unwrap()
 }
 
+fn cpu() -> CpuProfile {
+    let leaf = Leaf { function: 7, index: 0, eax: 1, ebx: 1 << 5, ecx: 0, edx: 1 << 29 };
+    CpuProfile { leaves: vec![leaf], msrs: vec![(0x10a, 0x2B)], tsc_khz: 2_100_000, tsc_scaling: true }
+}
+
 fn hello() -> Hello {
     Hello {
         versions: vec![1],
@@ -58,6 +64,7 @@ fn hello() -> Hello {
             vmm: "limosa".to_owned(),
             records: vec![(1, 1), (300, 2)],
             config: vec![0xC0, 0xFF],
+            cpu: cpu(),
         },
         lanes: 4,
         plaintext_lanes: true,
@@ -118,6 +125,10 @@ fn every_message() -> Vec<Message> {
         }]),
         Message::Probe(vec![0; 3]),
         Message::ProbeAck { bytes: 3 },
+        Message::CpuAsk,
+        Message::Cpu(cpu()),
+        Message::CheckAsk(Box::new(hello().vm)),
+        Message::Checked(vec![Reason { id: "cpu-feature".to_owned(), words: "avx2".to_owned() }]),
     ]
 }
 
@@ -224,6 +235,11 @@ fn limits_hold_while_decoding() {
     assert!(disks(&|vm| vm.disks = vec![vm.disks[0].clone(); 9]).is_err());
     assert!(disks(&|vm| vm.disks[0].path = "x".repeat(1025)).is_err());
     assert!(disks(&|vm| vm.disks[0].serial = "x".repeat(21)).is_err());
+    let mut leaves = hello();
+    leaves.vm.cpu.leaves = vec![leaves.vm.cpu.leaves[0]; 257];
+    assert!(Message::parse(1, &Message::Hello(Box::new(leaves)).emit().unwrap()).is_err());
+    let msrs = CpuProfile { msrs: vec![(1, 1); 65], ..cpu() };
+    assert!(Message::parse(24, &Message::Cpu(msrs).emit().unwrap()).is_err());
     let words = Message::Abort { code: Code::Busy, words: "x".repeat(1025) };
     assert!(Message::parse(12, &words.emit().unwrap()).is_err());
     let record = |bytes| Message::Record(Record { kind: 1, version: 1, instance: 0, bytes: vec![7; bytes] });
@@ -242,7 +258,7 @@ fn bytes_left_over_and_unknown_kinds_are_errors() {
         body.push(0);
         assert!(Message::parse(message.kind(), &body).is_err(), "{}", message.name());
     }
-    for kind in [0, 23, 65_535] {
+    for kind in [0, 27, 65_535] {
         assert!(matches!(Message::parse(kind, &[]), Err(Malformed::Value { .. })), "{kind}");
     }
     assert!(matches!(Message::parse(9, &vec![0; MESSAGE_BYTES_MAX + 1]), Err(Malformed::TooLarge { .. })));
@@ -312,7 +328,7 @@ fn runs_must_lie_in_the_memory_and_rise() {
 
 proptest! {
     #[test]
-    fn no_bytes_panic(kind in 0_u16..20, body in proptest::collection::vec(any::<u8>(), 0..400)) {
+    fn no_bytes_panic(kind in 0_u16..28, body in proptest::collection::vec(any::<u8>(), 0..400)) {
         if let Ok(message) = Message::parse(kind, &body) {
             // What was understood is sent again as something that is understood the same.
             let again = message.emit().unwrap();
@@ -321,7 +337,7 @@ proptest! {
     }
 
     #[test]
-    fn a_spoilt_message_does_not_panic(which in 0_usize..16, at in any::<prop::sample::Index>(), value in any::<u8>(), cut in any::<bool>()) {
+    fn a_spoilt_message_does_not_panic(which in 0_usize..26, at in any::<prop::sample::Index>(), value in any::<u8>(), cut in any::<bool>()) {
         let message = &every_message()[which];
         let mut body = message.emit().unwrap();
         if !body.is_empty() {

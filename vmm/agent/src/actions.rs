@@ -3,9 +3,10 @@
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, Direction, HostInfo, JobInfo, JobState, Request, Response, VerdictInfo};
 use crate::serve::Replies;
-use crate::{announcing, leaving, links, outgoing};
+use crate::{announcing, check, cpu, leaving, links, outgoing};
 use limosa_announce::Announcer;
 use limosa_proto::commit;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 /// Carries out `request`.
 pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies) -> Result<Answer, ApiError> {
     match request {
-        Request::VmStart { config } => blocking(agent, move |agent| agent.vms.start(agent, &config).map(Answer::Vm)).await,
+        Request::VmStart { config } => start(agent, config, replies).await,
         Request::VmList => blocking(agent, |agent| Ok(Answer::Vms(agent.vms.list()))).await,
         Request::VmShow { vm } => blocking(agent, move |agent| agent.vms.show(&vm).map(Answer::Vm)).await,
         Request::VmStop { vm } => {
@@ -27,6 +28,7 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
         }
         Request::HostId => Ok(Answer::Host(own(agent))),
         Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
+        Request::HostCpu => blocking(agent, |agent| Ok(Answer::HostCpu(Box::new(cpu::report(agent)?)))).await,
         Request::HostTrust(info) => trust(agent, &info),
         Request::HostList => {
             let info = |host: crate::hosts::Host| HostInfo { name: host.name, id: host.id.to_string(), address: host.address };
@@ -43,6 +45,7 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
             let id = outgoing::begin(agent, request).await?;
             follow(agent, id, replies).await
         }
+        Request::Check(request) => Ok(Answer::Check(Box::new(check::check(agent, request).await?))),
         Request::Jobs { watch: false } => Ok(Answer::Jobs(agent.jobs.all())),
         Request::Jobs { watch: true } => watch_all(agent, replies).await,
         Request::Job { id, watch: false } => job(agent, id).map(|job| Answer::Job(Box::new(job))),
@@ -54,6 +57,23 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
         Request::Verdict { id } => verdict(agent, id).map(Answer::Verdict),
         Request::Announce { vm } => blocking(agent, move |agent| announce(agent, &vm)).await,
     }
+}
+
+/// Starts a guest; what is odd about it is told meanwhile.
+async fn start(agent: &Arc<Agent>, config: PathBuf, replies: &Replies) -> Result<Answer, ApiError> {
+    let (sender, mut warnings) = tokio::sync::mpsc::unbounded_channel();
+    let warn = move |words: String| {
+        tracing::warn!("{words}");
+        // A command that went away needs no warning.
+        let _ = sender.send(words);
+    };
+    let started = blocking(agent, move |agent| agent.vms.start(agent, &config, warn).map(Answer::Vm));
+    let tell = async {
+        while let Some(words) = warnings.recv().await {
+            replies.send(Response::Warning(words)).await;
+        }
+    };
+    tokio::join!(started, tell).0
 }
 
 /// Runs what may block away from the threads that answer others.

@@ -3,6 +3,7 @@
 
 use crate::api::ApiError;
 use crate::config::Config;
+use crate::cpu::Learnt;
 use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
 use crate::journal::{Journal, JournalError};
@@ -26,6 +27,7 @@ pub(crate) struct Agent {
     pub(crate) jobs: Jobs,
     pub(crate) vms: Vms,
     pub(crate) links: Links,
+    pub(crate) cpu: Learnt,
     stopping: AtomicBool,
 }
 
@@ -50,7 +52,8 @@ impl Agent {
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links: Links::default(), stopping }, warnings))
+        let (links, cpu) = (Links::default(), Learnt::default());
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping }, warnings))
     }
 
     /// The journal, for reading.

@@ -1,7 +1,9 @@
 //! What commands and the agent say to each other: one request a connection, a stream of lines of JSON back.
 //! The types are shared by both ends; the serving end is in `serve`, what is done in `actions`.
 
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::report::{LinkTried, Report};
+use limosa_proto::wire::message::Reason;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -52,6 +54,8 @@ pub enum Request {
     HostId,
     /// Who this host is, and which links it has.
     HostShow,
+    /// Which CPU this host gives to guests.
+    HostCpu,
     /// Trust a host.
     HostTrust(HostInfo),
     /// The trusted hosts.
@@ -63,6 +67,8 @@ pub enum Request {
     },
     /// Move a guest; answers with progress until it ends.
     Migrate(MigrateRequest),
+    /// Every reason that would stop a migration; nothing is begun.
+    Check(MigrateRequest),
     /// All jobs; with `watch` again and again until none runs.
     Jobs {
         /// Whether to go on until no job runs.
@@ -207,6 +213,75 @@ pub struct HostReport {
     pub links: Vec<LinkInfo>,
     /// Its RDMA devices, usable or not.
     pub rdma_devices: Vec<RdmaDevice>,
+}
+
+/// The CPU that this host gives to guests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCpuReport {
+    /// The host's name.
+    pub name: String,
+    /// What the vendor calls it.
+    pub brand: String,
+    /// "GenuineIntel", "AuthenticAMD".
+    pub vendor: String,
+    /// Family, as /proc/cpuinfo has it.
+    pub family: u32,
+    /// Model.
+    pub model: u32,
+    /// Stepping.
+    pub stepping: u32,
+    /// The level of the x86-64 psABI that it reaches: "x86-64-v3".
+    pub level: Option<String>,
+    /// Its features, as /proc/cpuinfo of a guest has them.
+    pub features: Vec<String>,
+    /// Features that it has and keeps back (`[cpu] hide`), with what is built on them.
+    pub hidden: Vec<String>,
+    /// Bytes of the XSAVE area.
+    pub xsave_bytes: u32,
+    /// What is in it.
+    pub xsave_components: Vec<String>,
+    /// Frequency of the time stamp counter in kHz; 0: not known.
+    pub tsc_khz: u32,
+    /// Whether a guest's may run at another.
+    pub tsc_scaling: bool,
+    /// Most vCPUs of one guest.
+    pub vcpus_max: u32,
+    /// CPUs of the host.
+    pub cpus: u32,
+    /// All of it, as it is compared.
+    pub profile: CpuProfile,
+}
+
+/// Whether a guest could move.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// The guest's name.
+    pub vm: String,
+    /// The destination.
+    pub to: HostInfo,
+    /// Whether it could.
+    pub ok: bool,
+    /// Every reason why not.
+    pub reasons: Vec<Reason>,
+    /// What would have helped, where that is known.
+    pub advice: Option<String>,
+    /// How it would be done; none if there is no link.
+    pub plan: Option<Box<Plan>>,
+    /// What it would take; none if it cannot be done.
+    pub estimate: Option<Estimate>,
+}
+
+/// What a migration is expected to take, before it is begun.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// The guest's memory; what it never touched or left zero is not sent.
+    pub memory_bytes: u64,
+    /// Bytes a second by a short probe, or the limit that is set; none: not measured.
+    pub bytes_per_s: Option<f64>,
+    /// Seconds to send all memory once at that speed. A guest that writes needs longer.
+    pub seconds: Option<f64>,
+    /// The pause that is aimed at.
+    pub downtime_target_ms: u64,
 }
 
 /// A link of a host.
@@ -395,6 +470,10 @@ pub enum Answer {
     Hosts(Vec<HostInfo>),
     /// This host with its links.
     HostShow(Box<HostReport>),
+    /// This host's CPU.
+    HostCpu(Box<HostCpuReport>),
+    /// Whether a guest could move.
+    Check(Box<CheckReport>),
     /// A job.
     Job(Box<JobInfo>),
     /// Jobs.

@@ -233,6 +233,12 @@ impl<'a, 't> Section<'a, 't> {
         Some(Section { name, table, span: value.span(), known: BTreeSet::new(), problems: self.problems })
     }
 
+    /// Whether there is a table under `key`: some settings are a word or a table.
+    #[must_use]
+    pub fn is_table(&self, key: &str) -> bool {
+        self.table.get(key).is_some_and(|value| value.get_ref().as_table().is_some())
+    }
+
     /// The tables of the array under `key`.
     pub fn sections(&mut self, key: &'static str) -> Vec<Section<'a, 't>> {
         let Some(value) = self.value(key) else { return Vec::new() };

@@ -6,6 +6,7 @@ use limosa_link::choose::{LinkKind, Wanted};
 use limosa_link::pages::Populate;
 use limosa_link::quic::{Congestion, QuicSettings};
 use limosa_proto::allow::AllowList;
+use limosa_proto::cpu;
 use limosa_proto::precopy::NoConvergence;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -100,6 +101,15 @@ pub struct Storage {
     pub local_locks: bool,
 }
 
+/// The CPU of this host, as far as guests may have it.
+#[derive(Debug, Clone, Default)]
+pub struct Cpu {
+    /// Features that are kept back, by their names in /proc/cpuinfo.
+    pub hide: Vec<String>,
+    /// Most vCPUs of one guest; none: as many as KVM can.
+    pub vcpus_max: Option<u32>,
+}
+
 /// The whole configuration, validated.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -123,6 +133,8 @@ pub struct Config {
     pub rdma: Rdma,
     /// Where images of incoming guests may lie.
     pub storage: Storage,
+    /// The CPU that guests may have.
+    pub cpu: Cpu,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -177,6 +189,7 @@ impl Default for Config {
             quic: Quic::default(),
             rdma: Rdma::default(),
             storage: Storage::default(),
+            cpu: Cpu::default(),
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -226,6 +239,9 @@ impl Config {
             }
             if let Some(section) = root.section("storage") {
                 config.storage.read(section);
+            }
+            if let Some(section) = root.section("cpu") {
+                config.cpu.read(section);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();
@@ -437,6 +453,25 @@ impl Quic {
     }
 }
 
+impl Cpu {
+    fn read(&mut self, mut section: Section<'_, '_>) {
+        self.hide = section.strings("hide").unwrap_or_default();
+        for name in &self.hide {
+            if cpu::features_named(name).next().is_none() {
+                section.problem(
+                    "hide",
+                    format_args!("has {name:?}"),
+                    "each should be a CPU feature as /proc/cpuinfo calls it, such as \"avx512f\"",
+                );
+            } else if cpu::is_needed_by_every_guest(name) {
+                section.problem("hide", format_args!("has {name:?}"), "no guest boots without it");
+            }
+        }
+        self.vcpus_max = section.integer("vcpus_max", 1..=4096).and_then(|most| u32::try_from(most).ok());
+        section.close();
+    }
+}
+
 /// What a name should be.
 pub(crate) const NAME_WANTS: &str = "it should be 1 to 63 letters, digits, '-', '_' or '.', beginning with a letter or digit";
 
@@ -527,6 +562,18 @@ mod tests {
             assert!(error.contains(part), "{part}\nis not in\n{error}");
         }
         assert_eq!(error.lines().count(), 5, "{error}");
+    }
+
+    #[test]
+    fn features_are_kept_back_by_name() {
+        let config = parse("[cpu]\nhide = [\"avx2\", \"pku\"]\nvcpus_max = 8\n").unwrap();
+        assert_eq!((config.cpu.hide.len(), config.cpu.vcpus_max), (2, Some(8)));
+        let error = parse("[cpu]\nhide = [\"avx3\", \"lm\"]\nvcpus = 3\n").unwrap_err().to_string();
+        for part in
+            ["agent.toml:2: cpu.hide has \"avx3\"", "has \"lm\"; no guest boots without it", "3: unknown key \"cpu.vcpus\""]
+        {
+            assert!(error.contains(part), "{part}\nis not in\n{error}");
+        }
     }
 
     #[test]

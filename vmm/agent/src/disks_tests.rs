@@ -43,6 +43,7 @@ fn guest(image: &Path) -> VmDescription {
         vmm: "limosa".into(),
         records: vec![],
         config: vec![],
+        cpu: Default::default(),
     }
 }
 

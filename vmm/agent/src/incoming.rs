@@ -5,6 +5,7 @@ use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
+use crate::cpu;
 use crate::disks;
 use crate::jobs::{Ending, unix_ms};
 use crate::links;
@@ -20,12 +21,13 @@ use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, 
 use limosa_plug::{HugePages, PlugConnection};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::limits::REASONS_MAX;
+use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
 use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,8 +41,6 @@ const LAUNCH_MAX: Duration = Duration::from_secs(20);
 const DISCARD_MAX: Duration = Duration::from_millis(500);
 /// Memory that stays free for the host itself, in bytes.
 const HOST_BYTES: u64 = 128 << 20;
-/// Most virtual CPUs of a guest.
-const VCPUS_MAX: u32 = 1024;
 
 /// Who decides about what comes in.
 pub(crate) struct Reception(pub(crate) Arc<Agent>);
@@ -94,6 +94,14 @@ impl Hosting for Reception {
 
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         links::offers(&self.0)
+    }
+
+    fn check(&self, _peer: &Peer, vm: &VmDescription) -> Vec<Reason> {
+        reasons(&self.0, vm)
+    }
+
+    fn cpu(&self, _peer: &Peer) -> CpuProfile {
+        cpu::offered(&self.0)
     }
 
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
@@ -157,6 +165,22 @@ async fn show(
     agent.jobs.end(job, ending);
 }
 
+/// Every reason for which a guest cannot come: the one check, asked ahead or by a migration. Nothing is changed. May block.
+fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
+    let mut found = Vec::new();
+    if agent.is_stopping() {
+        found.push(Reason { id: Code::Shutdown.id().into(), words: "the destination's agent is stopping".into() });
+    }
+    if !plain_name(&vm.name) {
+        let words = fit(&format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name), WORDS_BYTES_MAX);
+        found.push(Reason { id: "name".into(), words });
+    }
+    found.extend(compat::check(vm, &offer(agent)));
+    found.extend(disks::reasons(&agent.config.storage, vm));
+    found.truncate(REASONS_MAX);
+    found
+}
+
 /// What this host has to offer to a guest.
 pub(crate) fn offer(agent: &Agent) -> HostOffer {
     let (names_taken, ids_taken) = agent.vms.taken();
@@ -170,19 +194,13 @@ pub(crate) fn offer(agent: &Agent) -> HostOffer {
         macs_taken,
         ids_taken,
         memory_bytes_free: memory_available().saturating_sub(HOST_BYTES),
-        vcpus_max: VCPUS_MAX,
+        vcpus_max: cpu::vcpus_max(agent),
         page_bytes: if huge_free { vec![2 << 20] } else { Vec::new() },
         vmms: vec!["limosa".into()],
         records: Vec::new(),
+        name: agent.config.name.clone(),
+        cpu: cpu::offered(agent),
     }
-}
-
-/// Every reason why `vm` cannot run on this host; nothing is changed. May take two seconds.
-pub(crate) fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
-    let mut reasons = compat::check(vm, &offer(agent));
-    reasons.extend(disks::reasons(&agent.config.storage, vm));
-    reasons.truncate(REASONS_MAX);
-    reasons
 }
 
 /// The destination's host: the VMM that is made for the guest, and the journal.
@@ -212,9 +230,6 @@ impl Receiving {
 
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
-        if !plain_name(&vm.name) {
-            return Err(Refusal::one(Code::Incompatible, format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name)));
-        }
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }

@@ -3,6 +3,7 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, JobProgress, JobState, MigrateRequest, Plan};
+use crate::check::advice;
 use crate::hosts::Host;
 use crate::jobs::Ending;
 use crate::links;
@@ -30,24 +31,50 @@ const LEAVE_MAX: Duration = Duration::from_secs(5);
 const FORGET_MAX: Duration = Duration::from_secs(5);
 const FORGET_INTERVAL: Duration = Duration::from_millis(200);
 
+/// What would be done, to which host, and over which link: that, or why there is none.
+pub(crate) struct Planned {
+    pub(crate) plan: Plan,
+    pub(crate) host: Host,
+    pub(crate) link: Result<Arc<dyn Link>, NoLink>,
+}
+
 /// What would be done, and over which links; nothing is begun.
 ///
 /// # Errors
 /// Why it could not be done.
 pub(crate) async fn plan(agent: &Arc<Agent>, request: MigrateRequest) -> Result<Plan, ApiError> {
+    let Planned { plan, link, .. } = planned(agent, request).await?;
+    link.map(|_| plan).map_err(|none| ApiError::refused(none.code.id(), none.words))
+}
+
+/// The plan as far as there is one; nothing is begun.
+///
+/// # Errors
+/// No such guest or host, or a request that makes no sense.
+pub(crate) async fn planned(agent: &Arc<Agent>, request: MigrateRequest) -> Result<Planned, ApiError> {
     let resolving = Arc::clone(agent);
     let resolved = tokio::task::spawn_blocking(move || resolve(&resolving, &request)).await;
     let (mut plan, host, wanted) = resolved.map_err(|e| ApiError::refused("internal", e.to_string()))??;
-    let (_, choice) = chosen(agent, &host, wanted, plan.plaintext).await;
-    let choice = choice.map_err(|none| ApiError::refused(none.code.id(), none.words))?;
-    if let Some(first) = choice.current() {
+    let (found, choice) = chosen(agent, &host, wanted, plan.plaintext).await;
+    let choice = match choice {
+        Ok(choice) => choice,
+        Err(none) => return Ok(Planned { plan, host, link: Err(none) }),
+    };
+    let first = choice.current();
+    if let Some(first) = first {
         plan.link = first.kind.name().to_owned();
         plan.encrypted = !first.plaintext;
     }
+    let link = first.and_then(|first| found.link(first.kind));
     plan.links = choice.candidates().iter().map(|one| one.kind.name().to_owned()).collect();
     plan.link_reason = choice.reason().to_owned();
     plan.links_tried = choice.tried().to_vec();
-    Ok(plan)
+    let link = link.ok_or_else(|| NoLink {
+        code: Code::Internal,
+        words: "the link that was chosen was not opened".to_owned(),
+        tried: Vec::new(),
+    });
+    Ok(Planned { plan, host, link })
 }
 
 /// Looks for links and puts them in order.
@@ -80,14 +107,19 @@ pub(crate) async fn carry_out(
     cancel: Cancel,
 ) {
     let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
-    let vm = Arc::clone(claim.vm());
+    let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
     let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel };
     let (outcome, report) = leaving.leave(wanted).await;
     let Leaving { agent, vm, .. } = leaving;
     // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
     let _ = tokio::task::spawn_blocking(move || drop(marks)).await;
-    let ending = ending(&outcome, report);
+    let mut ending = ending(&outcome, report);
+    if let SourceOutcome::Refused(refusal) = &outcome
+        && let Some(words) = advice(&refusal.reasons, &agent.config.name, &to)
+    {
+        ending.words = format!("{}; {words}", ending.words);
+    }
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
     let finishing = Arc::clone(&agent);
     let finish = move || {

@@ -4,10 +4,11 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 /// A process that this agent started.
@@ -62,6 +63,57 @@ impl Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Runs `program` to its end and gives what it printed. It is ended when it prints more than `bytes_max` or takes longer than
+/// `patience`. Blocks as long.
+///
+/// # Errors
+/// Why there is nothing of it, in words; with its own last ones, if it had some.
+pub fn output(program: &[String], arguments: &[String], bytes_max: u64, patience: Duration) -> Result<Vec<u8>, String> {
+    let (first, rest) = program.split_first().ok_or("no program for guests is configured")?;
+    let mut command = Command::new(first);
+    command.args(rest).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).current_dir("/");
+    let mut child = command.spawn().map_err(|e| format!("{first} cannot be started: {e}"))?;
+    let (printed, said) = (reader(child.stdout.take(), bytes_max), reader(child.stderr.take(), 4096));
+    let mut process = Process { child };
+    let until = Instant::now() + patience;
+    let late = || format!("{first} did not end within {} s", patience.as_secs());
+    // One that prints too much is read no further, and ends by that.
+    let ended = loop {
+        match process.ended() {
+            Some(how) => break how,
+            None if Instant::now() > until => {
+                process.end_after(Duration::ZERO);
+                return Err(late());
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    // A process that it left behind may hold the pipes open: it is not waited for.
+    let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
+    let printed = printed.recv_timeout(left()).map_err(|_| late())?;
+    if printed.len() as u64 > bytes_max {
+        return Err(format!("{first} printed more than {bytes_max} bytes"));
+    }
+    if !process.child.wait().is_ok_and(|status| status.success()) {
+        let said = String::from_utf8_lossy(&said.recv_timeout(left()).unwrap_or_default()).into_owned();
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        return Err(format!("{first} ended with {ended}: {}", last.trim_start_matches("limosa: ")));
+    }
+    Ok(printed)
+}
+
+/// Reads one byte more than `bytes_max` at most, on a thread of its own.
+fn reader(pipe: Option<impl io::Read + Send + 'static>, bytes_max: u64) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What cannot be read is not there; how the process ended says more. Nobody may be waiting any more.
+        let _ = pipe.map(|pipe| pipe.take(bytes_max + 1).read_to_end(&mut bytes));
+        let _ = sender.send(bytes);
+    });
+    receiver
 }
 
 /// When process `pid` started, in clock ticks since boot: with the pid it names one process for ever.
@@ -130,6 +182,17 @@ mod tests {
         assert_eq!(std::fs::read_to_string(dir.path().join("web.log")).unwrap(), "out\n");
         assert_eq!(std::fs::read_to_string(dir.path().join("web.vmm.log")).unwrap(), "err\n");
         assert!(Process::start(&[], &[], dir.path(), "web").is_err());
+    }
+
+    #[test]
+    fn what_a_program_prints_is_bounded() {
+        let run =
+            |script: &str, patience| output(&["sh".into(), "-c".into(), script.into()], &[], 10, Duration::from_millis(patience));
+        assert_eq!(run("printf 0123456789", 10_000).unwrap(), b"0123456789");
+        assert!(run("printf 0123456789a", 10_000).unwrap_err().contains("more than 10 bytes"));
+        assert!(run("sleep 20", 100).unwrap_err().contains("did not end"));
+        assert!(run("echo why >&2; exit 1", 10_000).unwrap_err().ends_with(": why"));
+        assert!(output(&[], &[], 1, Duration::ZERO).is_err());
     }
 
     #[test]

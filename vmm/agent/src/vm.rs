@@ -335,6 +335,7 @@ mod tests {
             vmm,
             records: vec![],
             config: vec![],
+            cpu: Default::default(),
         });
         let addresses = |vm: &Vm| vm.description().unwrap().nics.into_iter().map(|nic| nic.addresses).collect::<Vec<_>>();
         assert_eq!(addresses(&vm), [vec![address(1)], vec![address(2)]]);

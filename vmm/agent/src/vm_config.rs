@@ -4,6 +4,7 @@
 
 use crate::checked::{ConfigError, Problems, Section, read_text};
 use crate::config::{NAME_WANTS, plain_name};
+use limosa_proto::cpu::LEVELS;
 use limosa_proto::identity::VmId;
 use limosa_proto::wire::limits::{DISKS_MAX, PATH_BYTES_MAX, SERIAL_BYTES_MAX};
 use limosa_proto::wire::message::ImageFormat;
@@ -64,6 +65,58 @@ impl NicConfig {
     }
 }
 
+/// Which of its host's CPU a guest sees.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum CpuMode {
+    /// All of it: it moves to hosts that have as much.
+    #[default]
+    Host,
+    /// A level of the x86-64 psABI, 1 to 4, and no more.
+    Baseline(usize),
+    /// What all these hosts have.
+    Common(Vec<String>),
+    /// The least that a 64-bit guest boots with.
+    Minimum,
+}
+
+/// Hosts that a guest's CPU may be common to.
+const COMMON_HOSTS_MAX: usize = 32;
+
+impl CpuMode {
+    /// The name of its level; empty where it has none.
+    #[must_use]
+    pub fn level_name(&self) -> &'static str {
+        match self {
+            CpuMode::Baseline(level) => level.checked_sub(1).and_then(|level| LEVELS.get(level)).copied().unwrap_or_default(),
+            _ => "",
+        }
+    }
+}
+
+impl std::str::FromStr for CpuMode {
+    type Err = ();
+    fn from_str(text: &str) -> Result<CpuMode, ()> {
+        match (text, text.strip_prefix("baseline:")) {
+            ("host", _) => Ok(CpuMode::Host),
+            ("minimum", _) => Ok(CpuMode::Minimum),
+            (_, Some(name)) => LEVELS.iter().position(|level| *level == name).map(|index| CpuMode::Baseline(index + 1)).ok_or(()),
+            _ => Err(()),
+        }
+    }
+}
+
+/// As a guest's file has it.
+impl std::fmt::Display for CpuMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            CpuMode::Host => f.write_str("\"host\""),
+            CpuMode::Minimum => f.write_str("\"minimum\""),
+            CpuMode::Baseline(_) => write!(f, "\"baseline:{}\"", self.level_name()),
+            CpuMode::Common(hosts) => write!(f, "{{ common = {hosts:?} }}"),
+        }
+    }
+}
+
 /// A guest, as its file describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmConfig {
@@ -79,6 +132,8 @@ pub struct VmConfig {
     pub populate: bool,
     /// Number of virtual CPUs.
     pub vcpus: u32,
+    /// Which of its host's CPU it sees; decided at its start, for life.
+    pub cpu: CpuMode,
     /// Kernel image: PVH ELF or bzImage.
     pub kernel: PathBuf,
     /// Initial RAM disk.
@@ -180,6 +235,7 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
     let thp = root.boolean("thp").unwrap_or(false);
     let populate = root.boolean("populate").unwrap_or(false);
     let vcpus = root.integer("vcpus", 1..=1024).and_then(|number| u32::try_from(number).ok()).unwrap_or(1);
+    let cpu = read_cpu(&mut root);
     let initramfs = root.string("initramfs").map(PathBuf::from);
     let cmdline = root.string("cmdline").unwrap_or_default();
     if cmdline.len() > 2000 || cmdline.contains('\0') {
@@ -197,6 +253,7 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         thp,
         populate,
         vcpus,
+        cpu,
         kernel: kernel?,
         initramfs,
         cmdline,
@@ -206,6 +263,23 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         rng,
         balloon,
     })
+}
+
+fn read_cpu(root: &mut Section<'_, '_>) -> CpuMode {
+    const WANTS: &str = "\"host\", \"minimum\", \"baseline:x86-64-v1\" (to v4) or { common = [\"HOST\", …] } with names that `limosa host list` shows";
+    if !root.is_table("cpu") {
+        return root.parsed::<CpuMode>("cpu", WANTS).unwrap_or_default();
+    }
+    let Some(mut section) = root.section("cpu") else { return CpuMode::default() };
+    let hosts = section.strings("common").unwrap_or_default();
+    if hosts.is_empty() || hosts.len() > COMMON_HOSTS_MAX {
+        section.problem("common", format_args!("has {} hosts", hosts.len()), format!("it should have 1 to {COMMON_HOSTS_MAX}"));
+    }
+    for bad in hosts.iter().filter(|name| !plain_name(name)) {
+        section.problem("common", format_args!("has {bad:?}"), NAME_WANTS);
+    }
+    section.close();
+    CpuMode::Common(hosts)
 }
 
 fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
@@ -329,6 +403,34 @@ mod tests {
         assert_eq!((config.kernel, text.as_str()), (dir.path().join("guest.elf"), GOOD));
         assert_eq!(config.disks[0].path, dir.path().join("web.qcow2"));
         assert_eq!(config.disks[1].path, Path::new("/iso/cd"));
+    }
+
+    #[test]
+    fn the_cpu_is_a_word_or_a_list_of_hosts() {
+        let read = |cpu: &str| {
+            let text = format!("name = \"web\"\nmemory = \"1G\"\nkernel = \"k\"\n{cpu}\n");
+            VmConfig::parse(Path::new("v.toml"), &text).map(|config| config.cpu)
+        };
+        assert_eq!(read("").unwrap(), CpuMode::Host);
+        for mode in [
+            CpuMode::Host,
+            CpuMode::Minimum,
+            CpuMode::Baseline(1),
+            CpuMode::Baseline(4),
+            CpuMode::Common(vec!["alpha".into(), "beta".into()]),
+        ] {
+            assert_eq!(read(&format!("cpu = {mode}")).unwrap(), mode, "{mode}");
+        }
+        for (bad, words) in [
+            ("cpu = \"baseline:v9\"", "v.toml:4: cpu is \"baseline:v9\"; it should be \"host\""),
+            ("cpu = { common = [] }", "cpu.common has 0 hosts"),
+            ("cpu = { common = [\"a b\"] }", "cpu.common has \"a b\""),
+            ("cpu = { comon = [\"a\"] }", "did you mean \"common\"?"),
+            ("cpu = 3", "cpu is 3"),
+        ] {
+            let error = read(bad).unwrap_err().to_string();
+            assert!(error.contains(words), "{words}\nis not in\n{error}");
+        }
     }
 
     #[test]

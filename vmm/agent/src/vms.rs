@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::api::{ApiError, VmInfo};
 use crate::config::Config;
+use crate::cpu;
 use crate::process::Process;
 use crate::vm::{Claim, Learned, Vm, VmState};
 use crate::vm_config::{NicConfig, VmConfig, tap_name};
@@ -11,13 +12,15 @@ use crate::{networks, settle};
 use limosa_announce::{LEARNED_MAX, Watcher};
 use limosa_plug::{Hello, PlugConnection, PlugEvent, PlugListener, PlugPeer, Role, Token, VmState as Plugged};
 use limosa_proto::compat::{self, HostOffer, MacHolder};
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::VmId;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{NicDescription, VmDescription};
 use ring::rand::SecureRandom as _;
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -79,6 +82,26 @@ impl Drop for Starting<'_> {
     }
 }
 
+/// The file by which a VMM learns what its guest's CPU is held to; it is gone when the VMM has read it.
+struct Limit(PathBuf);
+
+impl Limit {
+    fn write(agent: &Agent, name: &str, limit: &CpuProfile) -> Result<Limit, ApiError> {
+        let limit_file = Limit(agent.config.state_dir.join("vm").join(format!("{name}.cpu.json")));
+        let text = serde_json::to_vec(limit).map_err(io::Error::from);
+        let written = text.and_then(|text| std::fs::write(&limit_file.0, text));
+        written.map_err(|e| ApiError::refused("state", format!("{}: {e}", limit_file.0.display())))?;
+        Ok(limit_file)
+    }
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        // A file that stays harms nobody: the next start of this guest writes it anew.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 impl Vms {
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
@@ -125,8 +148,21 @@ impl Vms {
     /// Takes a guest that runs here for one purpose.
     pub(crate) fn claim(&self, name: &str, purpose: &'static str) -> Result<Claim, ApiError> {
         let vm = self.named(name)?;
+        self.free(&vm)?;
+        vm.claim(purpose).map_err(|words| ApiError::refused("busy", words))
+    }
+
+    /// Whether a guest may be taken for something now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn free(&self, vm: &Vm) -> Result<(), ApiError> {
+        let name = &vm.name;
         match vm.state() {
-            VmState::Running => vm.claim(purpose).map_err(|words| ApiError::refused("busy", words)),
+            VmState::Running if vm.is_claimed() => {
+                Err(ApiError::refused("busy", format!("{name} is {}; `limosa jobs` shows more", vm.info().state)))
+            }
+            VmState::Running => Ok(()),
             VmState::Paused => {
                 Err(ApiError::refused("paused", format!("{name} is paused and in doubt; `limosa jobs` shows why")))
             }
@@ -189,14 +225,19 @@ impl Vms {
         vm.set_learned(description.nics.iter().enumerate().map(learn).collect());
     }
 
-    /// Starts the guest of `file` and waits until its VMM has plugged in.
-    pub(crate) fn start(&self, agent: &Arc<Agent>, file: &Path) -> Result<VmInfo, ApiError> {
+    /// Starts the guest of `file` and waits until its VMM has plugged in. `warn` is told what is odd and no error.
+    pub(crate) fn start(&self, agent: &Arc<Agent>, file: &Path, warn: impl Fn(String)) -> Result<VmInfo, ApiError> {
         let (config, _) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
         let starting = self.hold(&config.name, config.nics.iter().map(|nic| nic.mac).collect())?;
         self.check_nics(agent, &config)?;
         let mut arguments = vec!["--config".to_string(), file.display().to_string()];
         for (network, bridge) in agent.config.bridges() {
             arguments.extend(["--bridge".into(), format!("{network}={bridge}")]);
+        }
+        cpu::admit_vcpus(agent, &config)?.into_iter().for_each(warn);
+        let limit = cpu::limit_for(agent, &config)?.map(|limit| Limit::write(agent, &config.name, &limit)).transpose()?;
+        if let Some(Limit(path)) = &limit {
+            arguments.extend(["--cpu-limit".into(), path.display().to_string()]);
         }
         let (process, arrived) =
             self.launch(agent, &config.name, arguments, START_MAX).map_err(|words| ApiError::refused("vmm-failed", words))?;

@@ -59,6 +59,8 @@ pub(crate) enum Command {
     Host(HostCommand),
     /// Move a running guest to another host
     Migrate(MigrateArgs),
+    /// Every reason that would stop a guest from moving to another host, and what the move would take
+    Check(CheckArgs),
     /// Migrations of this host
     Jobs {
         /// Go on showing them until none is at work
@@ -116,6 +118,8 @@ pub(crate) enum HostCommand {
     Id,
     /// Show this host's addresses, links and RDMA devices
     Show,
+    /// Show the CPU that this host gives to guests
+    Cpu,
     /// Trust a host
     Trust {
         /// What to call it here
@@ -141,6 +145,12 @@ pub(crate) struct VmmArgs {
     /// Wait for a guest that comes from another host
     #[arg(long, group = "what", requires = "plug")]
     pub(crate) incoming: bool,
+    /// Print as JSON which CPU this host's KVM can give to guests, and do nothing else
+    #[arg(long, group = "what")]
+    pub(crate) print_cpu: bool,
+    /// Hold the guest's CPU to the profile in this file
+    #[arg(long, value_name = "FILE", requires = "config")]
+    pub(crate) cpu_limit: Option<PathBuf>,
     /// The agent's plug socket; without it the guest runs on its own
     #[arg(long, value_name = "SOCKET")]
     pub(crate) plug: Option<PathBuf>,
@@ -203,6 +213,18 @@ pub(crate) struct MigrateArgs {
     pub(crate) print_plan: bool,
     #[arg(long, hide = true)]
     pub(crate) no_print_plan: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The guest
+    pub(crate) vm: String,
+    /// The destination, as `limosa host list` names it
+    #[arg(long, value_name = "HOST")]
+    pub(crate) to: String,
+    /// What would carry the guest's memory [default: the agent's]
+    #[arg(long, value_enum)]
+    pub(crate) link: Option<LinkKind>,
 }
 
 /// Which link carries the pages.
@@ -309,7 +331,9 @@ mod tests {
     #[test]
     fn each_switch_can_be_taken_back() {
         fn walk(command: &clap::Command, path: &str) {
-            let switch = |arg: &&clap::Arg| matches!(arg.get_action(), clap::ArgAction::SetTrue) && arg.get_id() != "incoming";
+            let switch = |arg: &&clap::Arg| {
+                matches!(arg.get_action(), clap::ArgAction::SetTrue) && arg.get_id() != "incoming" && arg.get_id() != "print_cpu"
+            };
             let names: Vec<&str> = command.get_arguments().filter(switch).filter_map(clap::Arg::get_long).collect();
             for name in names.iter().filter(|name| !name.starts_with("no-")) {
                 assert!(names.contains(&format!("no-{name}").as_str()), "{path} --{name}");
@@ -348,6 +372,7 @@ mod tests {
     fn bad_values_are_refused() {
         for line in [
             "migrate web",
+            "check web",
             "migrate web --to b --lanes 17",
             "migrate web --to b --link pigeon",
             "migrate web --to b --downtime soon",
@@ -360,5 +385,9 @@ mod tests {
             assert!(parse(line).is_err(), "{line}");
         }
         assert!(parse("vmm --incoming --plug /run/p --token 00").is_ok());
+        assert!(parse("vmm --print-cpu").is_ok() && parse("vmm --print-cpu --config a").is_err());
+        assert!(parse("vmm --config a --cpu-limit b").is_ok() && parse("vmm --print-cpu --cpu-limit b").is_err());
+        let Command::Check(args) = parse("check web --to beta --link tcp").unwrap().command else { unreachable!() };
+        assert_eq!((args.vm.as_str(), args.to.as_str(), args.link), ("web", "beta", Some(LinkKind::Tcp)));
     }
 }

@@ -36,6 +36,7 @@ fn run(context: &Context, command: Command) -> Ended {
         Command::Vm(command) => commands::vm::run(context, command),
         Command::Host(command) => commands::host::run(context, command),
         Command::Migrate(args) => commands::migrate::run(context, &args),
+        Command::Check(args) => commands::check::run(context, args),
         Command::Jobs { watch, .. } => commands::jobs::list(context, watch),
         Command::Job { id, watch, .. } => commands::jobs::show(context, id, watch),
         Command::Cancel { id } => context.ask_done(&Request::Cancel { id }),

@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use kvm_bindings::kvm_cpuid_entry2 as CpuidEntry;
+
 use crate::devices::serial::SerialSink;
 use crate::disk::DiskConfig;
 use crate::memory::MemoryConfig;
@@ -24,12 +26,17 @@ pub struct MachineConfig {
     pub balloon: bool,
     /// Where serial output goes.
     pub serial: SerialSink,
+    /// The CPUID that all vCPUs share, each with its own number put in; `None`: all that KVM offers.
+    pub cpuid: Option<Vec<CpuidEntry>>,
+    /// Feature MSRs that are not to have the value that KVM gives them.
+    pub feature_msrs: Vec<(u32, u64)>,
 }
 
 impl MachineConfig {
     /// A machine without virtio devices, whose serial output is dropped.
     pub fn new(vcpus: u32, memory: MemoryConfig) -> Self {
-        Self { vcpus, memory, nics: Vec::new(), disks: Vec::new(), rng: false, balloon: false, serial: SerialSink::Null }
+        let (nics, disks, feature_msrs) = (Vec::new(), Vec::new(), Vec::new());
+        Self { vcpus, memory, nics, disks, rng: false, balloon: false, serial: SerialSink::Null, cpuid: None, feature_msrs }
     }
 }
 

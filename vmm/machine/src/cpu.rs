@@ -1,4 +1,5 @@
-//! The CPU that a guest sees: what KVM supports, with each vCPU's own number in it. Not yet a profile to compare.
+//! The CPU that a guest sees: what KVM supports or the machine's owner chose of it, with each vCPU's own number in it. Which
+//! features a guest gets is not decided here.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -9,17 +10,25 @@ const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HYPERTHREADS: u32 = 1 << 28;
 
-/// The CPUID of vCPU `id` of `vcpus`: one package, a core for each vCPU, no hyperthreads.
-pub(crate) fn guest_cpuid(supported: &[kvm_cpuid_entry2], id: u32, vcpus: u32, caps: &Capabilities) -> Vec<kvm_cpuid_entry2> {
+/// What KVM supports, with the features that it makes by itself and does not list everywhere.
+pub(crate) fn offered_cpuid(supported: &[kvm_cpuid_entry2], caps: &Capabilities) -> Vec<kvm_cpuid_entry2> {
+    let mut cpuid = supported.to_vec();
+    for entry in cpuid.iter_mut().filter(|entry| entry.function == 1) {
+        entry.ecx |= ECX1_HYPERVISOR | ECX1_X2APIC;
+        entry.ecx = if caps.tsc_deadline { entry.ecx | ECX1_TSC_DEADLINE } else { entry.ecx & !ECX1_TSC_DEADLINE };
+    }
+    cpuid
+}
+
+/// The CPUID of vCPU `id` of `vcpus`, made of what all of them share: one package, a core for each vCPU, no hyperthreads.
+pub(crate) fn guest_cpuid(shared: &[kvm_cpuid_entry2], id: u32, vcpus: u32) -> Vec<kvm_cpuid_entry2> {
     let cores = vcpus.min(255);
     let id_bits = u32::BITS - vcpus.saturating_sub(1).leading_zeros();
-    let mut cpuid = supported.to_vec();
+    let mut cpuid = shared.to_vec();
     for entry in &mut cpuid {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0xffff | (id & 0xff) << 24 | cores << 16;
-                entry.ecx |= ECX1_HYPERVISOR | ECX1_X2APIC;
-                entry.ecx = if caps.tsc_deadline { entry.ecx | ECX1_TSC_DEADLINE } else { entry.ecx & !ECX1_TSC_DEADLINE };
                 entry.edx = if vcpus > 1 { entry.edx | EDX1_HYPERTHREADS } else { entry.edx & !EDX1_HYPERTHREADS };
             }
             // Caches: cores in the package, and who shares: level 3 all of them, the others each its own.
@@ -71,7 +80,7 @@ mod tests {
         let kvm = kvm::open().unwrap();
         let caps = Capabilities::read(&kvm, &kvm.create_vm().unwrap());
         for id in [0, 3, 5] {
-            let cpuid = guest_cpuid(&supported, id, 6, &caps);
+            let cpuid = guest_cpuid(&offered_cpuid(&supported, &caps), id, 6);
             let leaf = cpuid.iter().find(|entry| entry.function == 1).unwrap();
             assert_eq!((leaf.ebx >> 24, leaf.ebx >> 16 & 0xff), (id, 6));
             assert_ne!(leaf.ecx & ECX1_HYPERVISOR, 0);

@@ -123,15 +123,19 @@ fn create_vm(
     Ok((vm, caps, ram, dirty))
 }
 
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, caps: &Capabilities) -> Result<Vec<Arc<Vcpu>>, BuildError> {
-    let supported = kvm::supported_cpuid_of(kvm)?;
-    let mut vcpus = Vec::new();
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, config: &MachineConfig, caps: &Capabilities) -> Result<Vec<Arc<Vcpu>>, BuildError> {
+    let shared = match &config.cpuid {
+        Some(chosen) => chosen.clone(),
+        None => cpu::offered_cpuid(&kvm::supported_cpuid_of(kvm)?, caps),
+    };
+    let (mut vcpus, count) = (Vec::new(), config.vcpus);
     for id in 0..count {
         let fd = vm.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
-        let entries = cpu::guest_cpuid(&supported, id, count, caps);
+        let entries = cpu::guest_cpuid(&shared, id, count);
         let cpuid = CpuId::from_entries(&entries)
             .map_err(|error| BuildError::Step { what: "arranging CPUID", source: std::io::Error::other(format!("{error:?}")) })?;
         fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        vcpu_state::set_feature_msrs(&fd, &config.feature_msrs).map_err(failed_io("setting feature MSRs"))?;
         vcpus.push(Arc::new(Vcpu::new(id, fd)));
     }
     Ok(vcpus)
@@ -183,7 +187,7 @@ impl Machine {
         let kvm = kvm::open()?;
         let (vm, caps, ram, dirty) = create_vm(&kvm, &config.memory, fewer)?;
         check("the number of vCPUs", u64::from(config.vcpus), 1, u64::from(caps.vcpus_max))?;
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, &caps)?;
+        let vcpus = create_vcpus(&kvm, &vm, &config, &caps)?;
         let msrs = match vcpus.first() {
             Some(first) => {
                 let readable = vcpu_state::read_msrs(&first.fd(), &kvm::msr_indices(&kvm)?);

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 use super::*;
 use crate::boot::tests::{elf, file};
+use crate::state::RecordError;
 use kvm_bindings::{KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
 use std::time::{Duration, Instant};
 
@@ -197,4 +198,73 @@ fn images_are_held_by_whoever_runs_the_guest_and_by_nobody_after_they_were_given
     source.resume().unwrap();
     source.pause().unwrap();
     assert!(source.disks[0].is_held());
+}
+
+#[test]
+fn what_is_masked_is_hidden_from_the_guest() {
+    if !has_kvm() {
+        return;
+    }
+    let host = crate::host_cpu().unwrap();
+    let bit = |cpuid: &[kvm_bindings::kvm_cpuid_entry2], function: u32, of: fn(&kvm_bindings::kvm_cpuid_entry2) -> u32| {
+        cpuid.iter().find(|entry| entry.function == function && entry.index == 0).map_or(0, of)
+    };
+    const CX16: u32 = 1 << 13;
+    const AVX: u32 = 1 << 28;
+    let mut chosen = host.cpuid.clone();
+    // A guest without AVX and the features built on it, whose XCR0 has room for x87 and SSE only.
+    chosen.retain(|entry| entry.function != 0xd || entry.index < 2);
+    for entry in &mut chosen {
+        match (entry.function, entry.index) {
+            (1, _) => entry.ecx &= !(AVX | CX16 | 1 << 12 | 1 << 29),
+            (7, 0) => (entry.ebx, entry.ecx, entry.edx) = (entry.ebx & !(1 << 5 | 0xdc23_0000), 0, 0),
+            (7, _) => (entry.eax, entry.edx) = (0, 0),
+            (0xd, 0) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0b11, 576, 576, 0),
+            (0xd, 1) => entry.ebx = 576,
+            _ => {}
+        }
+    }
+    let config = MachineConfig { cpuid: Some(chosen), ..MachineConfig::new(2, MemoryConfig::new(16 << 20)) };
+    let (masked, whole) = (Machine::new(config).unwrap(), machine(|caps| caps));
+    let seen = |machine: &Machine, vcpu: usize| {
+        let fd = machine.vcpus.vcpus()[vcpu].fd();
+        fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap().as_slice().to_vec()
+    };
+    for vcpu in [0, 1] {
+        let cpuid = seen(&masked, vcpu);
+        assert_eq!(bit(&cpuid, 1, |leaf| leaf.ecx) & (AVX | CX16), 0);
+        assert_eq!(bit(&cpuid, 7, |leaf| leaf.ebx) & 1 << 5, 0);
+        assert_eq!(bit(&cpuid, 0xd, |leaf| leaf.eax) & !0b11, 0);
+        assert!(!cpuid.iter().any(|entry| entry.function == 0xd && entry.index >= 2), "components that are gone");
+        assert_eq!(bit(&cpuid, 1, |leaf| leaf.ebx) >> 24, vcpu as u32);
+    }
+    let kept = bit(&seen(&whole, 0), 1, |leaf| leaf.ecx);
+    assert_eq!(kept & (AVX | CX16), bit(&host.cpuid, 1, |leaf| leaf.ecx) & (AVX | CX16));
+    assert_ne!(kept & CX16, 0, "every CPU that KVM runs on has it, so its absence above is the mask's");
+    // What the guest itself cannot switch on either: KVM holds XCR0 to the CPUID.
+    if bit(&host.cpuid, 0xd, |leaf| leaf.eax) & 0b100 != 0 {
+        let switched_on = |machine: &Machine| {
+            let fd = machine.vcpus.vcpus()[0].fd();
+            let mut xcrs = fd.get_xcrs().unwrap();
+            (xcrs.nr_xcrs, xcrs.xcrs[0].xcr, xcrs.xcrs[0].value) = (1, 0, 0b111);
+            fd.set_xcrs(&xcrs).is_ok()
+        };
+        assert!(switched_on(&whole) && !switched_on(&masked));
+    }
+}
+
+#[test]
+fn a_record_tells_the_cpuid_that_its_vcpu_had() {
+    if !has_kvm() {
+        return;
+    }
+    let machine = machine(|caps| caps);
+    boot_walk(&machine);
+    let records = machine.save().unwrap();
+    let told: Vec<_> = records.iter().filter_map(|record| crate::saved_cpuid(record).unwrap()).collect();
+    let seen = machine.vcpus.vcpus()[0].fd().get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+    assert_eq!(told, [seen.as_slice().to_vec()]);
+    let torn =
+        StateRecord { bytes: vec![0xff; 8], ..records.iter().find(|record| record.kind == Kind::Vcpu as u16).unwrap().clone() };
+    assert!(matches!(crate::saved_cpuid(&torn), Err(RecordError::Body { kind: "vcpu", instance: 0, .. })));
 }

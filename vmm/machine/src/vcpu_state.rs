@@ -258,6 +258,18 @@ pub(crate) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>,
     Ok(values)
 }
 
+/// Sets feature MSRs of a vCPU that never ran. Each must be taken: a guest must not see more than it was meant to.
+pub(crate) fn set_feature_msrs(fd: &VcpuFd, wanted: &[(u32, u64)]) -> std::io::Result<()> {
+    for &(index, data) in wanted {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
+        if fd.set_msrs(&msrs).map_err(std::io::Error::from)? != 1 {
+            return Err(std::io::Error::other(format!("this host's KVM refuses MSR {index:#x} = {data:#x}")));
+        }
+    }
+    Ok(())
+}
+
 /// Sets MSRs in the order given. A refused one is an error only if the guest would notice.
 fn write_msrs(id: u32, fd: &VcpuFd, wanted: &[(u32, u64)]) -> Result<(), VcpuStateError> {
     let mut rest = wanted;

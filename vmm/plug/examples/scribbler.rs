@@ -239,6 +239,7 @@ fn description() -> Result<VmDescription, String> {
         vmm: "scribbler".to_owned(),
         records: vec![RECORD],
         config: Vec::new(),
+        cpu: Default::default(),
     })
 }
 

@@ -2,10 +2,12 @@
 //! What the fields mean is said by `limosa_proto`; this is only their layout and their limits.
 
 use crate::message::{BRIDGES_MAX, Fields, Malformed, name_length, text_length};
+use limosa_proto::cpu::{CpuProfile, Leaf};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, PAGE_BYTES, REGIONS_MAX, Region};
 use limosa_proto::wire::limits::{
-    ADDRESSES_MAX, CONFIG_BYTES_MAX, DISKS_MAX, NICS_MAX, PATH_BYTES_MAX, RECORD_KINDS_MAX, SERIAL_BYTES_MAX, VCPUS_MAX,
+    ADDRESSES_MAX, CONFIG_BYTES_MAX, CPU_LEAVES_MAX, CPU_MSRS_MAX, DISKS_MAX, NICS_MAX, PATH_BYTES_MAX, RECORD_KINDS_MAX,
+    SERIAL_BYTES_MAX, VCPUS_MAX,
 };
 use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use std::net::IpAddr;
@@ -63,7 +65,8 @@ pub(crate) fn emit(vm: &VmDescription, out: &mut Vec<u8>) -> Result<(), Malforme
     out.extend(name_length("kind of VMM", &vm.vmm)?.to_le_bytes());
     out.extend(bounded("disks", vm.disks.len(), DISKS_MAX)?.to_le_bytes());
     out.extend((vm.config.len() as u32).to_le_bytes());
-    out.extend([0; 4]);
+    out.extend(bounded("leaves of CPUID", vm.cpu.leaves.len(), CPU_LEAVES_MAX)?.to_le_bytes());
+    out.extend(bounded("feature MSRs", vm.cpu.msrs.len(), CPU_MSRS_MAX)?.to_le_bytes());
     for region in vm.memory.regions() {
         out.extend(region.gpa.0.to_le_bytes());
         out.extend(region.bytes.to_le_bytes());
@@ -82,6 +85,7 @@ pub(crate) fn emit(vm: &VmDescription, out: &mut Vec<u8>) -> Result<(), Malforme
     out.extend(vm.name.as_bytes());
     out.extend(vm.vmm.as_bytes());
     out.extend(&vm.config);
+    emit_cpu(&vm.cpu, out);
     Ok(())
 }
 
@@ -95,6 +99,54 @@ fn emit_disk(disk: &DiskDescription, out: &mut Vec<u8>) -> Result<(), Malformed>
     out.extend(disk.path.as_bytes());
     out.extend(disk.serial.as_bytes());
     Ok(())
+}
+
+/// Nothing where the VMM says nothing of its CPU.
+fn emit_cpu(cpu: &CpuProfile, out: &mut Vec<u8>) {
+    if cpu.leaves.is_empty() && cpu.msrs.is_empty() {
+        return;
+    }
+    out.extend(cpu.tsc_khz.to_le_bytes());
+    out.extend([u8::from(cpu.tsc_scaling), 0, 0, 0]);
+    for leaf in &cpu.leaves {
+        for word in [leaf.function, leaf.index, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx] {
+            out.extend(word.to_le_bytes());
+        }
+    }
+    for (index, value) in &cpu.msrs {
+        out.extend(index.to_le_bytes());
+        out.extend([0; 4]);
+        out.extend(value.to_le_bytes());
+    }
+}
+
+fn parse_cpu(fields: &mut Fields<'_>, leaves: usize, msrs: usize) -> Result<CpuProfile, Malformed> {
+    if leaves > CPU_LEAVES_MAX || msrs > CPU_MSRS_MAX {
+        let why = format!("{leaves} leaves of CPUID and {msrs} MSRs; at most {CPU_LEAVES_MAX} and {CPU_MSRS_MAX} are carried");
+        return Err(fields.wrong(why));
+    }
+    if leaves == 0 && msrs == 0 {
+        return Ok(CpuProfile::default());
+    }
+    let tsc_khz = fields.u32()?;
+    let tsc_scaling = match fields.u8()? {
+        0 => false,
+        1 => true,
+        other => return Err(fields.wrong(format!("whether the TSC can be scaled is {other}; it should be 0 or 1"))),
+    };
+    fields.zeros(3)?;
+    let mut cpu = CpuProfile { leaves: Vec::with_capacity(leaves), msrs: Vec::with_capacity(msrs), tsc_khz, tsc_scaling };
+    for _ in 0..leaves {
+        let [function, index] = [fields.u32()?, fields.u32()?];
+        let [eax, ebx, ecx, edx] = [fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?];
+        cpu.leaves.push(Leaf { function, index, eax, ebx, ecx, edx });
+    }
+    for _ in 0..msrs {
+        let index = fields.u32()?;
+        fields.zeros(4)?;
+        cpu.msrs.push((index, fields.u64()?));
+    }
+    Ok(cpu)
 }
 
 fn emit_nic(nic: &NicDescription, out: &mut Vec<u8>) -> Result<(), Malformed> {
@@ -130,7 +182,7 @@ pub(crate) fn parse(fields: &mut Fields<'_>) -> Result<VmDescription, Malformed>
     let (name_length, vmm_length) = (fields.u16()?, fields.u16()?);
     let disks = usize::from(fields.u16()?);
     let config_length = fields.u32()? as usize;
-    fields.zeros(4)?;
+    let (leaves, msrs) = (usize::from(fields.u16()?), usize::from(fields.u16()?));
     let over = regions > REGIONS_MAX || nics > NICS_MAX || disks > DISKS_MAX || records > RECORD_KINDS_MAX;
     if over || config_length > CONFIG_BYTES_MAX {
         return Err(fields.wrong(format!(
@@ -152,7 +204,8 @@ pub(crate) fn parse(fields: &mut Fields<'_>) -> Result<VmDescription, Malformed>
     let name = fields.name(name_length)?;
     let vmm = fields.name(vmm_length)?;
     let config = fields.bytes(config_length)?.to_vec();
-    Ok(VmDescription { id, name, vcpus, memory, nics, disks, vmm, records, config })
+    let cpu = parse_cpu(fields, leaves, msrs)?;
+    Ok(VmDescription { id, name, vcpus, memory, nics, disks, vmm, records, config, cpu })
 }
 
 fn parse_disk(fields: &mut Fields<'_>) -> Result<DiskDescription, Malformed> {

@@ -8,11 +8,17 @@ use limosa_plug::message::{
     VmStatus, emit, tidy_words, words_of,
 };
 use limosa_plug::state::VmState;
+use limosa_proto::cpu::{CpuProfile, Leaf};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
 use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use proptest::prelude::*;
 use std::fmt::Write as _;
+
+fn cpu() -> CpuProfile {
+    let leaf = Leaf { function: 7, index: 1, eax: 2, ebx: 3, ecx: 4, edx: 0x2000_0000 };
+    CpuProfile { leaves: vec![leaf], msrs: vec![(0x10a, 0x2b)], tsc_khz: 0x20_0b20, tsc_scaling: true }
+}
 
 fn description() -> VmDescription {
     VmDescription {
@@ -42,6 +48,7 @@ fn description() -> VmDescription {
         vmm: "limosa".to_owned(),
         records: vec![(1, 2), (0x102, 1)],
         config: b"cfg".to_vec(),
+        cpu: cpu(),
     }
 }
 
@@ -63,7 +70,8 @@ const DESCRIPTION: &str = concat!(
     "0600",
     "0100",
     "03000000",
-    "00000000",
+    "0100",
+    "0100",
     "0000000000000000",
     "0000200000000000",
     "0010000000000000",
@@ -96,6 +104,18 @@ const DESCRIPTION: &str = concat!(
     "776562",
     "6c696d6f7361",
     "636667",
+    "200b2000",
+    "01",
+    "000000",
+    "07000000",
+    "01000000",
+    "02000000",
+    "03000000",
+    "04000000",
+    "00000020",
+    "0a010000",
+    "00000000",
+    "2b00000000000000",
 );
 
 fn body(datagram: &[u8], kind: u16, request: u32) -> String {
@@ -211,11 +231,19 @@ fn golden_answers() {
 fn limits_hold_in_both_directions() {
     let mut vm = description();
     vm.config = vec![0; 64 * 1024];
+    vm.cpu.leaves = vec![vm.cpu.leaves[0]; 256];
+    vm.cpu.msrs = vec![vm.cpu.msrs[0]; 64];
     let largest = Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).unwrap();
     assert!(largest.len() <= MESSAGE_BYTES_MAX);
     vm.config.push(0);
     assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).unwrap_err().why.contains("65537"));
     vm.config.clear();
+    vm.cpu.msrs.push((1, 1));
+    assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).unwrap_err().why.contains("65; at most 64"));
+    vm.cpu = CpuProfile::default();
+    let silent = Request::Prepare(Box::new(vm.clone()), vec![]);
+    let bytes = silent.emit(1).unwrap();
+    assert_eq!(Request::parse(Kind::Prepare, &bytes[HEADER_BYTES..]).unwrap(), silent, "a VMM that says nothing of its CPU");
     vm.name = "n".repeat(257);
     assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).is_err());
     vm.name = "x".to_owned();

@@ -16,6 +16,7 @@ use limosa_link::{
 use limosa_proto::allow::AllowList;
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::{self, JournalRecord, JournalRecordKind};
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::memory::{MemoryMap, PAGE_BYTES};
@@ -23,7 +24,7 @@ use limosa_proto::progress::Progress;
 use limosa_proto::record::Record;
 use limosa_proto::report::Report;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reason, Refusal, VerdictAnswer, VmDescription};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -343,6 +344,13 @@ impl Hosting for ToyHosting {
             done: Some(done),
         })
     }
+    fn check(&self, _: &Peer, vm: &VmDescription) -> Vec<Reason> {
+        assert_eq!(vm.name, "toy");
+        self.saw.refuse.lock().unwrap().clone().map_or_else(Vec::new, |refusal| refusal.reasons)
+    }
+    fn cpu(&self, _: &Peer) -> CpuProfile {
+        CpuProfile { tsc_khz: 7, ..CpuProfile::default() }
+    }
     fn verdict(&self, _: &Peer, migration: MigrationId, generation: Generation, _: bool) -> VerdictAnswer {
         commit::answer(&self.saw.journal.lock().unwrap(), migration, generation)
     }
@@ -405,6 +413,7 @@ pub fn vm(memory: &MemoryMap) -> VmDescription {
         vmm: "toy".into(),
         records: vec![(1, 1)],
         config: vec![],
+        cpu: Default::default(),
     }
 }
 

@@ -87,6 +87,8 @@ codes! {
     PageCheck = 22, "page-check";
     /// Somebody else on the destination has the MAC of one of the guest's NICs.
     MacTaken = 23, "mac-taken";
+    /// The guest's CPU is not one that the destination can give it.
+    Cpu = 24, "cpu";
     /// A disk of the guest is missing at the destination, is another one, or is not allowed there.
     Disk = 27, "disk";
 }

@@ -48,6 +48,10 @@ pub const LINKS_MAX: usize = 16;
 pub const PROBE_BYTES_MAX: usize = 256 << 10;
 /// Lines about announcements in one report.
 pub const ANNOUNCEMENTS_MAX: usize = 512;
+/// Leaves of CPUID in one profile: the most that KVM gives.
+pub const CPU_LEAVES_MAX: usize = 256;
+/// Feature MSRs in one profile.
+pub const CPU_MSRS_MAX: usize = 64;
 
 /// Cuts `words` at a character's boundary so that they fit into a message.
 #[must_use]
@@ -65,7 +69,7 @@ pub fn fit(words: &str, bytes_max: usize) -> String {
 }
 
 /// Decodes a list of at most `MAX` items; the rest of a longer one is never read.
-pub(super) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error> {
+pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: usize>(from: D) -> Result<Vec<T>, D::Error> {
     struct Items<T, const MAX: usize>(PhantomData<T>);
     impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Items<T, MAX> {
         type Value = Vec<T>;

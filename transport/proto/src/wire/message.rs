@@ -10,6 +10,7 @@ use super::limits::{
 };
 use super::offer::{Keys, KeysAsk, LinkOffer};
 use super::version::VERSION_FIRST;
+use crate::cpu::CpuProfile;
 use crate::error::{Malformed, Misuse};
 use crate::identity::{Generation, MigrationId, VmId};
 use crate::memory::{MemoryMap, REGIONS_MAX, Region};
@@ -98,6 +99,8 @@ pub struct VmDescription {
     /// What only the destination's VMM understands.
     #[serde(serialize_with = "emit_bytes", deserialize_with = "bytes::<_, CONFIG_BYTES_MAX>")]
     pub config: Vec<u8>,
+    /// The CPU that it sees; empty from a VMM that says nothing of it.
+    pub cpu: CpuProfile,
 }
 
 /// The source's first message.
@@ -321,13 +324,21 @@ pub enum Message {
         /// The bytes.
         bytes: u64,
     },
+    /// Either, first on a new connection: which CPU can you give to guests?
+    CpuAsk,
+    /// In answer: this one; empty from a host that cannot tell.
+    Cpu(CpuProfile),
+    /// Source, first on a new connection: could this guest come? Nothing is changed by it.
+    CheckAsk(Box<VmDescription>),
+    /// Destination: not for these reasons; none if it could.
+    Checked(Vec<Reason>),
 }
 
 /// Bodies that are no type of their own.
 mod body {
     use super::{
-        Code, Deserialize, LINKS_MAX, LinkOffer, PROBE_BYTES_MAX, RECORD_BYTES_MAX, Serialize, WORDS_BYTES_MAX, bytes,
-        emit_bytes, list, text,
+        Code, Deserialize, LINKS_MAX, LinkOffer, PROBE_BYTES_MAX, REASONS_MAX, RECORD_BYTES_MAX, Reason, Serialize,
+        WORDS_BYTES_MAX, bytes, emit_bytes, list, text,
     };
 
     #[derive(Serialize, Deserialize)]
@@ -358,6 +369,10 @@ mod body {
     /// The links that a host offers.
     #[derive(Serialize, Deserialize)]
     pub(super) struct Links(#[serde(deserialize_with = "list::<_, _, LINKS_MAX>")] pub(super) Vec<LinkOffer>);
+
+    /// Reasons why not.
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Checked(#[serde(deserialize_with = "list::<_, _, REASONS_MAX>")] pub(super) Vec<Reason>);
 
     /// Padding that goes as one piece.
     #[derive(Serialize, Deserialize)]
@@ -419,6 +434,10 @@ impl Message {
             Message::Links(_) => 20,
             Message::Probe(_) => 21,
             Message::ProbeAck { .. } => 22,
+            Message::CpuAsk => 23,
+            Message::Cpu(_) => 24,
+            Message::CheckAsk(_) => 25,
+            Message::Checked(_) => 26,
         }
     }
 
@@ -431,7 +450,7 @@ impl Message {
     /// The name of a kind.
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
-        const NAMES: [&str; 23] = [
+        const NAMES: [&str; 27] = [
             "unknown",
             "Hello",
             "Accept",
@@ -455,6 +474,10 @@ impl Message {
             "Links",
             "Probe",
             "ProbeAck",
+            "CpuAsk",
+            "Cpu",
+            "CheckAsk",
+            "Checked",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
     }
@@ -498,6 +521,10 @@ impl Message {
             20 => Message::Links(decode::<body::Links>(what, body)?.0),
             21 => Message::Probe(decode::<body::Padding>(what, body)?.0),
             22 => Message::ProbeAck { bytes: decode(what, body)? },
+            23 => decode(what, body).map(|()| Message::CpuAsk)?,
+            24 => Message::Cpu(decode(what, body)?),
+            25 => Message::CheckAsk(Box::new(decode(what, body)?)),
+            26 => Message::Checked(decode::<body::Checked>(what, body)?.0),
             other => return Err(Malformed::Value { what: "the kind of a control message", found: other.into() }),
         })
     }
@@ -519,7 +546,7 @@ impl Message {
                 encode(what, &body::End { count: *count, bytes: *bytes, last_round: *last_round })?
             }
             Message::Ready(body) => encode(what, body)?,
-            Message::Commit | Message::LinksAsk => Vec::new(),
+            Message::Commit | Message::LinksAsk | Message::CpuAsk => Vec::new(),
             Message::Running(body) => encode(what, body)?,
             Message::Finished(body) => encode(what, body)?,
             Message::Abort { code, words } => encode(what, &body::Abort { code: *code, words: words.clone() })?,
@@ -531,6 +558,9 @@ impl Message {
             Message::Links(offers) => encode(what, &body::Links(offers.clone()))?,
             Message::Probe(padding) => encode(what, &body::Padding(padding.clone()))?,
             Message::ProbeAck { bytes } => encode(what, bytes)?,
+            Message::Cpu(profile) => encode(what, profile)?,
+            Message::CheckAsk(vm) => encode(what, vm)?,
+            Message::Checked(reasons) => encode(what, &body::Checked(reasons.clone()))?,
         };
         if body.len() > MESSAGE_BYTES_MAX {
             return Err(Misuse::Message { what, words: format!("{} bytes, at most {MESSAGE_BYTES_MAX} fit", body.len()) });

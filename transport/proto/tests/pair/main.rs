@@ -423,6 +423,7 @@ fn a_destination_that_lies_is_aborted() {
     lies(SourceState::Preparing, Message::Finished(Default::default()));
     lies(SourceState::Precopy, Message::KeysAsk(KeysAsk { chunks: vec![0] }));
     lies(SourceState::Precopy, Message::Links(vec![]));
+    lies(SourceState::Precopy, Message::Checked(vec![]));
 }
 
 #[test]
@@ -451,6 +452,7 @@ fn a_source_that_lies_is_refused() {
     lies(DestinationState::Receiving, vec![Message::Keys(Keys { keys: vec![] })]);
     lies(DestinationState::Receiving, vec![Message::LinksAsk]);
     lies(DestinationState::Receiving, vec![Message::Probe(vec![])]);
+    lies(DestinationState::Receiving, vec![Message::CpuAsk]);
 }
 
 #[test]

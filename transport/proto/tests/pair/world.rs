@@ -127,6 +127,7 @@ pub(crate) fn vm() -> VmDescription {
         vmm: "limosa".to_owned(),
         records: vec![(1, 1), (2, 1)],
         config: b"vcpus = 2".to_vec(),
+        cpu: Default::default(),
     }
 }
 

@@ -1,14 +1,15 @@
-//! `limosa host id|show|trust|list|remove`: who this host is, which links it has, and whom it trusts.
+//! `limosa host id|show|cpu|trust|list|remove`: who this host is, which links and CPU it has, and whom it trusts.
 
 use super::{Context, Ended, strange};
 use crate::args::HostCommand;
 use crate::output;
-use limosa_agent::api::{Answer, HostInfo, HostReport, RdmaDevice, Request, exit};
+use limosa_agent::api::{Answer, HostCpuReport, HostInfo, HostReport, RdmaDevice, Request, exit};
 
 pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
     let request = match command {
         HostCommand::Id => Request::HostId,
         HostCommand::Show => Request::HostShow,
+        HostCommand::Cpu => Request::HostCpu,
         HostCommand::List => Request::HostList,
         HostCommand::Trust { name, id, address } => {
             return context.ask_done(&Request::HostTrust(HostInfo { name, id, address }));
@@ -21,6 +22,8 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         Answer::Host(host) => output::line(&host.id),
         Answer::HostShow(report) if context.json => output::json(&report),
         Answer::HostShow(report) => show(&report),
+        Answer::HostCpu(report) if context.json => output::json(&report),
+        Answer::HostCpu(report) => show_cpu(&report),
         Answer::Hosts(hosts) if context.json => output::json(&hosts),
         Answer::Hosts(hosts) => {
             let mut rows = vec![["NAME", "ADDRESS", "ID"].map(String::from).to_vec()];
@@ -47,6 +50,49 @@ fn show(report: &HostReport) {
     }
     rows.extend(report.rdma_devices.iter().flat_map(device_rows));
     output::table(&rows);
+}
+
+fn show_cpu(report: &HostCpuReport) {
+    let scaling = if report.tsc_scaling { "can be scaled for a guest" } else { "cannot be scaled for a guest" };
+    let tsc = match report.tsc_khz {
+        0 => "not known".into(),
+        khz => format!("{}.{:03} MHz, {scaling}", khz / 1000, khz % 1000),
+    };
+    let mut rows = vec![
+        vec!["host".to_string(), report.name.clone()],
+        vec![
+            "model".into(),
+            format!("{} family {} model {} stepping {}", report.vendor, report.family, report.model, report.stepping),
+        ],
+        vec!["level".into(), report.level.clone().unwrap_or_else(|| "below x86-64-v1".into())],
+        vec!["XSAVE".into(), format!("{} bytes: {}", report.xsave_bytes, report.xsave_components.join(" "))],
+        vec!["TSC".into(), tsc],
+        vec!["vCPUs".into(), format!("{} at most in a guest; the host has {} CPUs", report.vcpus_max, report.cpus)],
+    ];
+    if !report.brand.is_empty() {
+        rows.insert(1, vec!["CPU".into(), report.brand.clone()]);
+    }
+    let mut name = "features";
+    for line in wrapped(&report.features) {
+        rows.push(vec![std::mem::take(&mut name).to_string(), line]);
+    }
+    let mut name = "kept back";
+    for line in wrapped(&report.hidden) {
+        rows.push(vec![std::mem::take(&mut name).to_string(), line]);
+    }
+    output::table(&rows);
+}
+
+/// Words in lines of about a hundred characters.
+fn wrapped(words: &[String]) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in words {
+        match lines.last_mut().filter(|line| line.len() + word.len() < 100) {
+            Some(line) => *line = format!("{line} {word}"),
+            None => lines.push(word.clone()),
+        }
+    }
+    lines
 }
 
 fn device_rows(device: &RdmaDevice) -> Vec<Vec<String>> {

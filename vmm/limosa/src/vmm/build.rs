@@ -2,12 +2,14 @@
 //! It boots nothing and answers nobody; `plugged` does.
 
 use super::console::Console;
+use super::cpu::GuestCpu;
 use super::sandbox::{self, Files};
 use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, bridge_and_vlan, tap_name};
 use limosa_machine::{
     BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig,
     NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
+use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
 use limosa_proto::wire::limits::PATH_BYTES_MAX;
@@ -48,6 +50,7 @@ pub(super) fn machine(
     id: VmId,
     bridges: &[(String, String)],
     populate: bool,
+    cpu: &GuestCpu,
     console: Option<&Console>,
 ) -> Result<Machine, String> {
     let mut nics = Vec::new();
@@ -64,8 +67,10 @@ pub(super) fn machine(
     };
     let serial = serial(&config.serial, console).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
     let (rng, balloon) = (config.rng, config.balloon);
+    let (cpuid, feature_msrs) = (cpu.cpuid.clone(), cpu.msrs.clone());
     let disks = config.disks.iter().map(disk).collect();
-    let machine = MachineConfig { nics, disks, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let usual = MachineConfig::new(config.vcpus, memory);
+    let machine = MachineConfig { nics, disks, rng, balloon, serial, cpuid, feature_msrs, ..usual };
     Machine::new(machine).map_err(|e| words(&e))
 }
 
@@ -97,7 +102,13 @@ pub(super) fn boot(machine: &Machine, config: &VmConfig) -> Result<(), String> {
 }
 
 /// The guest as it is described to the agent and to the other host.
-pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &str) -> Result<VmDescription, String> {
+pub(super) fn describe(
+    machine: &Machine,
+    config: &VmConfig,
+    id: VmId,
+    text: &str,
+    cpu: &CpuProfile,
+) -> Result<VmDescription, String> {
     let region = |region: limosa_machine::RegionInfo<'_>| Region {
         gpa: Gpa(region.gpa),
         bytes: region.bytes,
@@ -124,6 +135,7 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         vmm: VMM_KIND.into(),
         records: Kind::all().collect(),
         config: text.as_bytes().to_vec(),
+        cpu: cpu.clone(),
     })
 }
 

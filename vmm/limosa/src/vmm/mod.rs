@@ -3,12 +3,14 @@
 
 mod build;
 mod console;
+mod cpu;
 mod plugged;
 mod sandbox;
 
 use crate::args::VmmArgs;
 use crate::commands::Ended as Exit;
 use crate::commands::console::Raw;
+use crate::output;
 use console::Console;
 use limosa_agent::api::{ApiError, exit};
 use limosa_agent::vm_config::VmConfig;
@@ -25,6 +27,11 @@ use std::time::Duration;
 const AGENT_WAIT_MAX: Duration = Duration::from_secs(20);
 
 pub(crate) fn run(args: &VmmArgs) -> Exit {
+    if args.print_cpu {
+        let host = cpu::Host::ask().map_err(|words| ApiError::refused("cpu", words))?;
+        output::json(&host.told());
+        return Ok(exit::DONE);
+    }
     let token = token(args.token.as_deref())?;
     let path = args.console.as_deref();
     let console = path.map(|path| {
@@ -49,8 +56,10 @@ fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
     let id = random_id()?;
     let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
     build::check_disks(&config).map_err(failed)?;
+    let limit = args.cpu_limit.as_deref().map(cpu::read_limit).transpose().map_err(failed)?;
+    let guest = cpu::Host::ask().and_then(|host| host.starting(&config, limit.as_ref())).map_err(failed)?;
     let running =
-        Running::build(&config, id, &text, &args.bridge, config.populate, (console, !args.no_sandbox)).map_err(failed)?;
+        Running::build(&config, id, &text, &args.bridge, config.populate, guest, (console, !args.no_sandbox)).map_err(failed)?;
     build::boot(&running.machine, &config).map_err(failed)?;
     running.machine.resume().map_err(|e| failed(build::words(&e)))?;
     tracing::info!(vm = config.name, %id, memory = config.memory, vcpus = config.vcpus, "the guest runs");

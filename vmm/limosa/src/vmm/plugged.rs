@@ -3,6 +3,7 @@
 
 use super::build;
 use super::console::Console;
+use super::cpu::{GuestCpu, Host};
 use super::sandbox;
 use limosa_agent::vm_config::{DiskConfig, Serial, VmConfig};
 use limosa_machine::{Machine, MachineEvent, StateRecord};
@@ -27,6 +28,8 @@ pub(super) struct Running {
 /// The VMM as the plug sees it; without a machine until an incoming one is prepared.
 pub(super) struct Plugged {
     running: Option<Running>,
+    /// What KVM offers here, where a guest is coming in.
+    host: Option<Host>,
     events: EventSender,
     /// For the machine that is expected.
     console: Option<Console>,
@@ -41,13 +44,14 @@ impl Running {
         text: &str,
         bridges: &[(String, String)],
         populate: bool,
+        cpu: GuestCpu,
         (console, fenced): (Option<Console>, bool),
     ) -> Result<Running, String> {
         if fenced {
             sandbox::restrict_files(&build::files(config)?)?;
         }
-        let machine = Arc::new(build::machine(config, id, bridges, populate, console.as_ref())?);
-        let description = build::describe(&machine, config, id, text)?;
+        let machine = Arc::new(build::machine(config, id, bridges, populate, &cpu, console.as_ref())?);
+        let description = build::describe(&machine, config, id, text, &cpu.profile)?;
         if let Some(console) = console {
             console.serve(Arc::downgrade(&machine)).map_err(|e| format!("no thread for the console: {e}"))?;
         }
@@ -66,7 +70,7 @@ impl Plugged {
     /// For a machine that runs already, or for one that comes from another host.
     /// `console` and whether it is fenced in are for the latter.
     pub(super) fn new(running: Option<Running>, events: EventSender, (console, fenced): (Option<Console>, bool)) -> Plugged {
-        let plugged = Plugged { running, events, console, fenced };
+        let plugged = Plugged { running, host: None, events, console, fenced };
         if let Some(running) = &plugged.running {
             plugged.watch(&running.machine);
         }
@@ -154,7 +158,10 @@ impl Vmm for Plugged {
     fn prepare(&mut self, description: &VmDescription, bridges: &[(String, String)]) -> Result<VmmDescription, String> {
         let (config, text) = incoming_config(description)?;
         // The agent populates the memory through its own mapping, when its configuration says so.
-        let running = Running::build(&config, description.id, &text, bridges, false, (self.console.take(), self.fenced))?;
+        let host = Host::ask()?;
+        let cpu = host.arriving(&description.cpu)?;
+        let expected = (self.console.take(), self.fenced);
+        let running = Running::build(&config, description.id, &text, bridges, false, cpu, expected)?;
         if !same_shape(&running.description.memory, &description.memory) {
             return Err("this VMM lays memory out in another way than the source's".into());
         }
@@ -165,7 +172,7 @@ impl Vmm for Plugged {
         }
         let described = running.described()?;
         self.watch(&running.machine);
-        self.running = Some(running);
+        (self.running, self.host) = (Some(running), Some(host));
         Ok(described)
     }
 
@@ -200,7 +207,11 @@ impl Vmm for Plugged {
 
     fn load(&mut self, state: Vec<Record>) -> Result<(), String> {
         let record = |Record { kind, version, instance, bytes }| StateRecord { kind, version, instance, bytes };
-        self.machine()?.load(state.into_iter().map(record).collect()).map_err(|e| build::words(&e))
+        let records: Vec<StateRecord> = state.into_iter().map(record).collect();
+        if let Some(host) = &self.host {
+            host.check_saved(&records)?;
+        }
+        self.machine()?.load(records).map_err(|e| build::words(&e))
     }
 
     fn give_up(&mut self) -> Result<(), String> {
@@ -251,6 +262,7 @@ mod tests {
             vmm: "limosa".into(),
             records: vec![],
             config,
+            cpu: Default::default(),
         }
     }
 

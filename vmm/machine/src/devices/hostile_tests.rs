@@ -4,19 +4,15 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 use super::balloon::Balloon;
 use super::block::Block;
-use super::block::Block;
 use super::net::Net;
 use super::rng::Rng;
 use super::worker::Backend;
 use super::worker::tests::{Rig, base};
 use crate::disk::image::Disk;
-use crate::disk::image::Disk;
-use crate::disk::{DiskConfig, DiskFormat};
 use crate::disk::{DiskConfig, DiskFormat};
 use crate::tap::Tap;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// xorshift: what is drawn must be the same on every machine.
@@ -192,16 +188,4 @@ fn a_random_source_survives_any_driver() {
 #[test]
 fn a_balloon_survives_any_driver() {
     torment("balloon", Box::new(Balloon), |_| {});
-}
-
-#[test]
-fn a_disk_survives_any_driver() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.raw");
-    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    let config = DiskConfig { path, format: Some(DiskFormat::Raw), readonly: false, serial: String::new(), resolved: false };
-    let disk = Arc::new(Disk::open(config).unwrap());
-    disk.take(Duration::from_secs(1)).unwrap();
-    torment("disk", Box::new(Block::new(Arc::clone(&disk))), |_| {});
-    assert_eq!(std::fs::metadata(dir.path().join("disk.raw")).unwrap().len(), 1 << 20, "an image never grows");
 }
