@@ -321,7 +321,7 @@ impl Driver {
                 }
                 self.place.open_gate(&self.link, token, lanes, plaintext);
             }
-            DestinationAction::Load(records) => {
+            DestinationAction::Load { records, paused } => {
                 // No lane may write once the guest's state is in place: it may run at any moment.
                 let mut lanes = self.lanes.take();
                 let inner = self.inner.clone();
@@ -334,6 +334,9 @@ impl Driver {
                         let taken = lanes.as_mut().map_or(Ok(()), ReceiveLanes::take_back);
                         if let Err(error) = taken {
                             return Ok(Err(error));
+                        }
+                        if paused {
+                            host.hold()?;
                         }
                         // Given back and not dropped here: unmapping guest memory takes time that belongs to the downtime.
                         host.load(records).map(|()| Ok(lanes))
@@ -355,6 +358,7 @@ impl Driver {
                 self.ask(HostTask::Journal(kind), move |host| host.journal(&record), move |()| DestinationEvent::Journaled(kind));
             }
             DestinationAction::Resume => self.ask(HostTask::Resume, |host| host.resume(), |()| DestinationEvent::Resumed),
+            DestinationAction::Hold => self.ask(HostTask::Resume, |host| host.hold(), |()| DestinationEvent::Resumed),
             DestinationAction::Announce => self.announce(),
             DestinationAction::Discard => {
                 // First the lanes, then the memory under them.

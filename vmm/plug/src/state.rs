@@ -69,6 +69,7 @@ pub fn permit(kind: Kind, state: VmState, tracking: bool) -> Result<(), String> 
         Kind::Resume => (matches!(state, Paused | Loaded), "a paused or loaded guest"),
         Kind::Release => (state == Paused, "a paused guest, since it must not run on here"),
         Kind::Discard => (state.is_incoming(), "an incoming VMM whose guest never ran"),
+        Kind::Hold => (state != VmState::Waiting, "a machine that has been built"),
         Kind::Shutdown | Kind::Status => (true, ""),
         Kind::Hello | Kind::Welcome | Kind::Reject | Kind::GuestStopped => (false, "no such request: it is no request"),
     };
@@ -109,6 +110,7 @@ mod tests {
             "Discard --+++",
             "Shutdown +++++",
             "Status +++++",
+            "Hold ++-++",
         ];
         assert_eq!(table, expected);
         let words = permit(Kind::FetchDirty, VmState::Running, false);
