@@ -85,6 +85,7 @@ pub mod precopy;
 pub mod progress;
 pub mod record;
 pub mod report;
+pub mod snapshot;
 pub mod source;
 pub mod state;
 pub mod time;

@@ -8,6 +8,7 @@ use crate::config::{NAME_WANTS, plain_name};
 use crate::jobs::{Ending, unix_ms};
 use crate::links;
 use crate::outgoing::{host_error, resume};
+use crate::pausing::hold;
 use crate::pages::GuestPages;
 use crate::process::memory_available;
 use crate::settle;
@@ -15,7 +16,7 @@ use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer};
-use limosa_plug::{HugePages, PlugConnection};
+use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer, NetworkOffer};
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
@@ -112,6 +113,7 @@ fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> Job
         progress: None,
         report: None,
         announcements: Vec::new(),
+        snapshot: None,
         words: String::new(),
         code: None,
     }
@@ -236,12 +238,24 @@ impl DestinationHost for Receiving {
         resume(self.vm()?, Duration::ZERO)
     }
 
+    fn hold(&mut self) -> Result<(), HostError> {
+        hold(self.vm()?, Duration::ZERO)?;
+        let taken = self.connection()?.status().map_err(host_error)?.state == Plugged::Paused;
+        if taken {
+            self.vm()?.set_state(VmState::Held);
+        }
+        Ok(())
+    }
+
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
         self.runs = Some(Arc::clone(&guest));
         self.vm = None;
+        if guest.state() == VmState::Held {
+            return Ok(Vec::new());
+        }
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
