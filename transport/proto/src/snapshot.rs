@@ -44,7 +44,9 @@ pub enum SnapshotError {
     #[error("it is no snapshot of limosa: it does not begin with \"LMSASNAP\"")]
     Magic,
     /// Another layout of the file or of a part of it.
-    #[error("{what} has version {found}, and this build reads version {known}: restore it with the release that wrote it, or a newer one")]
+    #[error(
+        "{what} has version {found}, and this build reads version {known}: restore it with the release that wrote it, or a newer one"
+    )]
     Version {
         /// Which part.
         what: &'static str,

@@ -102,12 +102,8 @@ fn every_flipped_byte_is_noticed() {
 fn sections_keep_their_places() {
     // Left out, twice, or out of order: each piece is right by itself.
     let mut writer = Writer::default();
-    let parts = [
-        writer.guest(&guest()).unwrap(),
-        writer.record(&record(1)).unwrap(),
-        pages(&mut writer, &[run(3, 1)]),
-        writer.end(),
-    ];
+    let parts =
+        [writer.guest(&guest()).unwrap(), writer.record(&record(1)).unwrap(), pages(&mut writer, &[run(3, 1)]), writer.end()];
     let of = |order: &[usize]| {
         let mut all = Writer::head().to_vec();
         order.iter().for_each(|at| all.extend(&parts[*at]));

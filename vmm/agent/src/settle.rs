@@ -209,7 +209,9 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
 /// A guest that stands still is this host's: it runs on, unless its operator holds it.
 fn own(vm: &Vm) {
     match take_up(vm, Duration::ZERO) {
-        Ok(()) if vm.state() == VmState::Held => tracing::info!(vm = vm.name, "the guest is this host's; its operator has paused it"),
+        Ok(()) if vm.state() == VmState::Held => {
+            tracing::info!(vm = vm.name, "the guest is this host's; its operator has paused it")
+        }
         Ok(()) => tracing::info!(vm = vm.name, "the guest was paused and is this host's; it runs on"),
         Err(error) => tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed"),
     }

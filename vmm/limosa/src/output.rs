@@ -210,7 +210,9 @@ pub(crate) fn ending(job: &JobInfo) -> String {
         JobState::Running => "at work",
         JobState::Done => "done",
         JobState::Refused => "refused, nothing was changed",
-        JobState::Aborted if job.report.as_ref().is_some_and(|report| report.paused) => "aborted, the guest stays at the source, paused",
+        JobState::Aborted if job.report.as_ref().is_some_and(|report| report.paused) => {
+            "aborted, the guest stays at the source, paused"
+        }
         JobState::Aborted if job.direction == Direction::Saving => "aborted, the guest is as it was before",
         JobState::Aborted => "aborted, the guest runs on at the source",
         JobState::InDoubt => "in doubt",

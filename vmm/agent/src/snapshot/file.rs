@@ -14,7 +14,9 @@ const READ_BYTES: usize = 1 << 20;
 fn words(path: &Path, doing: &str, error: &io::Error) -> String {
     let advice = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; the disk is full: make room, or name a file elsewhere",
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; the agent may not write there: name a file elsewhere",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; the agent may not write there: name a file elsewhere"
+        }
         io::ErrorKind::NotFound => "; there is no such file or folder on this host",
         _ => "",
     };

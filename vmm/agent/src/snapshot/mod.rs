@@ -47,7 +47,8 @@ struct Telling<'a> {
 
 impl<'a> Telling<'a> {
     fn new(jobs: &'a Jobs, id: u64, phase: &str, memory_bytes: u64) -> Telling<'a> {
-        let progress = JobProgress { phase: phase.to_owned(), memory_bytes, bytes_remaining: memory_bytes, ..JobProgress::default() };
+        let progress =
+            JobProgress { phase: phase.to_owned(), memory_bytes, bytes_remaining: memory_bytes, ..JobProgress::default() };
         Telling { jobs, id, began: Instant::now(), told: None, progress }
     }
 

@@ -74,13 +74,7 @@ fn prepare(agent: &Agent, vm: &str, path: &Path, keep_running: bool) -> Result<S
 }
 
 /// Saves the guest and brings it to what it shall be then.
-fn carry_out(
-    agent: &Agent,
-    id: u64,
-    mut saving: Saving,
-    guest: &SavedGuest,
-    cancel: &Cancel,
-) -> (Ending, Option<SnapshotInfo>) {
+fn carry_out(agent: &Agent, id: u64, mut saving: Saving, guest: &SavedGuest, cancel: &Cancel) -> (Ending, Option<SnapshotInfo>) {
     let began = Instant::now();
     let vm = Arc::clone(saving.claim.vm());
     let held = vm.state() == VmState::Held;
@@ -94,7 +88,7 @@ fn carry_out(
     let file_bytes = saving.output.bytes;
     let path = saving.path.clone();
     let keep = saving.keep_running;
-    // The half file goes before it is said that it is gone, and guest memory is let go.
+    // A half file and guest memory go with what is left of `saving`: before the job's end is told.
     let Saving { claim, connection, .. } = saving;
     let (records, pages) = match (written, back) {
         (Ok(counts), Ok(())) => counts,
@@ -148,7 +142,8 @@ fn write(agent: &Agent, id: u64, saving: &mut Saving, guest: &SavedGuest, cancel
         output.put(&section)?;
     }
     let telling = Telling::new(&agent.jobs, id, "saving", guest.vm.memory.bytes());
-    let mut pages = Pages { memory: &saving.memory, output, cancel, telling, runs: Vec::new(), waiting: 0, written: 0, section: Vec::new() };
+    let mut pages =
+        Pages { memory: &saving.memory, output, cancel, telling, runs: Vec::new(), waiting: 0, written: 0, section: Vec::new() };
     let map = guest.vm.memory.clone();
     let mut passed = 0;
     for region in (0..map.regions().len()).filter_map(|index| map.region_range(index)) {
