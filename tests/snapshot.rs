@@ -76,14 +76,12 @@ fn a_paused_guest_moves_and_stays_paused() {
         let guest = GuestSpec::new("web", 1).dirty("20M", "16M");
         lab.guest(&guest)?;
         lab.a.limosa(&["vm", "pause", "web"])?.expect_code(0)?;
-        let capture = lab.capture()?;
         let report = lab.a.migrate_well("web", &lab.b, &[])?;
         ensure!(report["paused"] == true && report["downtime_ms"].is_null() && report["guest_runs"] == false, "{report}");
         ensure!(report["rounds"] == 1 && report["announcements"] == serde_json::json!([]), "{report}");
         stands_still(&lab.b, "web")?;
         lab.settled(&lab.a, 0)?;
         lab.settled(&lab.b, 1)?;
-        drop(capture);
         // What its own agent forgets on the way, its VMM does not.
         lab.b.kill_agent()?;
         lab.b.restart_agent()?;
@@ -220,9 +218,9 @@ fn a_damaged_snapshot_is_refused_and_nothing_is_made() {
             (&good[..good.len() - 1], "cut off"),
             (&good[..good.len() / 2], "cut off"),
             (&good[..10], "no snapshot"),
-            (&flipped, "damaged"),
-            (&newer, "version 9"),
-            (b"just a text file, and not a short one", "no snapshot"),
+            (&flipped[..], "damaged"),
+            (&newer[..], "version 9"),
+            (&b"just a text file, and not a short one"[..], "no snapshot"),
         ] {
             std::fs::write(&bad, bytes)?;
             restore(&lab.a, &bad, &[])?.expect_code(1)?.expect_words(words)?;

@@ -208,7 +208,7 @@ impl Pages<'_> {
 
     fn flush(&mut self) -> Result<(), String> {
         if self.cancel.is_cancelled() {
-            return Err("cancelled; the guest is as it was before, and no file is left".to_owned());
+            return Err("it was cancelled, or its VMM was lost; no file is left".to_owned());
         }
         if self.runs.is_empty() {
             return Ok(());
