@@ -143,6 +143,9 @@ impl DestinationHost for Destination {
     fn resume(&mut self) -> Result<(), HostError> {
         Ok(())
     }
+    fn hold(&mut self) -> Result<(), HostError> {
+        Ok(())
+    }
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
         Ok(vec![])
     }

@@ -17,6 +17,7 @@ use limosa_proto::destination::Destination;
 use limosa_proto::error::Coded as _;
 use limosa_proto::event::{DestinationAction, DestinationEvent, DestinationOutcome, HostTask};
 use limosa_proto::memory::PAGE_BYTES;
+use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
@@ -321,40 +322,13 @@ impl Driver {
                 }
                 self.place.open_gate(&self.link, token, lanes, plaintext);
             }
-            DestinationAction::Load(records) => {
-                // No lane may write once the guest's state is in place: it may run at any moment.
-                let mut lanes = self.lanes.take();
-                let inner = self.inner.clone();
-                self.host.call(
-                    HostTask::Load,
-                    move |host| {
-                        if let Some(lanes) = &mut lanes {
-                            lanes.end();
-                        }
-                        let taken = lanes.as_mut().map_or(Ok(()), ReceiveLanes::take_back);
-                        if let Err(error) = taken {
-                            return Ok(Err(error));
-                        }
-                        // Given back and not dropped here: unmapping guest memory takes time that belongs to the downtime.
-                        host.load(records).map(|()| Ok(lanes))
-                    },
-                    move |called| {
-                        let _ = inner.send(match called {
-                            Ok(Ok(lanes)) => Inner::Loaded(lanes),
-                            Ok(Err(error)) => Inner::Event(DestinationEvent::PeerFault {
-                                code: if let ExposedError::PageCheck { .. } = error { Code::PageCheck } else { Code::Internal },
-                                words: error.to_string(),
-                            }),
-                            Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
-                        });
-                    },
-                );
-            }
+            DestinationAction::Load { records, paused } => self.load(records, paused),
             DestinationAction::Journal(record) => {
                 let kind = record.kind;
                 self.ask(HostTask::Journal(kind), move |host| host.journal(&record), move |()| DestinationEvent::Journaled(kind));
             }
             DestinationAction::Resume => self.ask(HostTask::Resume, |host| host.resume(), |()| DestinationEvent::Resumed),
+            DestinationAction::Hold => self.ask(HostTask::Resume, |host| host.hold(), |()| DestinationEvent::Resumed),
             DestinationAction::Announce => self.announce(),
             DestinationAction::Discard => {
                 // First the lanes, then the memory under them.
@@ -378,6 +352,39 @@ impl Driver {
             // Taken out by `apply_all`.
             DestinationAction::Done(_) => {}
         }
+    }
+
+    fn load(&mut self, records: Vec<Record>, paused: bool) {
+        // No lane may write once the guest's state is in place: it may run at any moment.
+        let mut lanes = self.lanes.take();
+        let inner = self.inner.clone();
+        self.host.call(
+            HostTask::Load,
+            move |host| {
+                if let Some(lanes) = &mut lanes {
+                    lanes.end();
+                }
+                let taken = lanes.as_mut().map_or(Ok(()), ReceiveLanes::take_back);
+                if let Err(error) = taken {
+                    return Ok(Err(error));
+                }
+                if paused {
+                    host.hold()?;
+                }
+                // Given back and not dropped here: unmapping guest memory takes time that belongs to the downtime.
+                host.load(records).map(|()| Ok(lanes))
+            },
+            move |called| {
+                let _ = inner.send(match called {
+                    Ok(Ok(lanes)) => Inner::Loaded(lanes),
+                    Ok(Err(error)) => Inner::Event(DestinationEvent::PeerFault {
+                        code: if let ExposedError::PageCheck { .. } = error { Code::PageCheck } else { Code::Internal },
+                        words: error.to_string(),
+                    }),
+                    Err((task, words)) => Inner::Event(DestinationEvent::HostFailed { task, words }),
+                });
+            },
+        );
     }
 
     fn ask<T: 'static>(

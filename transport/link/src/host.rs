@@ -104,8 +104,14 @@ pub trait DestinationHost: Send + 'static {
     /// # Errors
     /// In words.
     fn resume(&mut self) -> Result<(), HostError>;
+    /// The guest's operator has paused it, and it stays so. Called before [`DestinationHost::load`], to be remembered with the
+    /// guest; and again in place of [`DestinationHost::resume`]: from then on it is this host's, and stands still.
+    ///
+    /// # Errors
+    /// In words.
+    fn hold(&mut self) -> Result<(), HostError>;
     /// Tells the network where the guest is: returns after the first round, with one line for each frame that left; goes on
-    /// by itself with the others.
+    /// by itself with the others. Of a guest that is held nothing is told.
     ///
     /// # Errors
     /// In words.

@@ -5,7 +5,7 @@
 mod toy;
 
 use limosa_link::Populate;
-use limosa_proto::event::SourceOutcome;
+use limosa_proto::event::{Course, SourceOutcome};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -36,6 +36,33 @@ async fn memory_is_populated_as_told() {
     assert_eq!(populated(Populate::Before).await, PAGES);
     assert!(populated(Populate::Beside).await <= PAGES);
     assert_eq!(populated(Populate::No).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quick_guest_arrives_in_one_round() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let mut sender = Sender::new(busy_guest());
+    sender.tune = Box::new(|config| config.course = Course::Quick);
+    sender.befriend(&toy);
+    let (outcome, report) = sender.migrate(&toy).await;
+    assert_moved(&sender, &toy, &outcome);
+    assert!(report.quick && report.rounds == 1 && report.downtime_ms.is_some(), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_guest_arrives_and_is_never_run() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let mut sender = Sender::new(busy_guest());
+    sender.guest.set_running(false);
+    sender.tune = Box::new(|config| config.course = Course::Paused);
+    sender.befriend(&toy);
+    let (outcome, report) = sender.migrate(&toy).await;
+    toy.settle().await;
+    assert_eq!(outcome, SourceOutcome::Committed);
+    assert!(report.ok && report.paused && report.downtime_ms.is_none() && report.announcements.is_empty(), "{report:?}");
+    assert_eq!(*toy.saw.held.lock().unwrap(), ["told", "taken"], "it is told before it is loaded, and taken at the commit");
+    assert!(!toy.saw.running.load(Ordering::SeqCst) && sender.saw.released.load(Ordering::SeqCst));
+    assert!(*sender.saw.at_save.lock().unwrap() == *toy.saw.at_resume.lock().unwrap(), "memory differs");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

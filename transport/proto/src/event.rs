@@ -123,6 +123,20 @@ impl Default for Deadlines {
     }
 }
 
+/// How a guest goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Course {
+    /// Rounds while it runs, then a short pause.
+    #[default]
+    Precopy,
+    /// It is paused first, then everything goes in one round: the shortest total time and the longest downtime.
+    Quick,
+    /// It stands still already because its operator wants it, and does so at the destination: as `Quick`, but nobody
+    /// pauses it and nobody resumes it, wherever it ends.
+    Paused,
+}
+
 /// Settings of a source.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SourceConfig {
@@ -142,7 +156,9 @@ pub struct SourceConfig {
     pub link: String,
     /// Whether to ask for a keyed hash of pages on links without encryption.
     pub page_check: bool,
-    /// When to stop the guest, and when to give up.
+    /// Whether it goes in rounds, at once, or stands still.
+    pub course: Course,
+    /// When to stop the guest, and when to give up. Only pre-copy asks it.
     pub policy: PrecopyPolicy,
     /// How often to send when there is nothing to say.
     pub keepalive: Duration,
@@ -169,6 +185,7 @@ impl SourceConfig {
             plaintext_lanes: false,
             link: "tcp".to_owned(),
             page_check: true,
+            course: Course::Precopy,
             policy: PrecopyPolicy::default(),
             keepalive: KEEPALIVE,
             peer_silence_max: PEER_SILENCE_MAX,
@@ -361,7 +378,8 @@ pub enum SourceOutcome {
         words: String,
         /// Who gave up.
         by: Side,
-        /// Whether it is known to run: false when it was paused and could not be resumed.
+        /// Whether it is as it was before: false when it was paused for this and could not be resumed, or has ended. A guest
+        /// that its operator had paused stands still as before.
         guest_runs: bool,
     },
     /// The destination refused; nothing was changed.
@@ -408,7 +426,7 @@ pub enum DestinationEvent {
     Loaded,
     /// A record of this kind is durable.
     Journaled(JournalRecordKind),
-    /// The guest runs here.
+    /// The guest runs here, or is held here.
     Resumed,
     /// The first round of announcements left.
     Announced {
@@ -462,12 +480,20 @@ pub enum DestinationAction {
         token: LaneToken,
     },
     /// Load this state into the VMM; answer `Loaded`.
-    Load(Vec<Record>),
+    Load {
+        /// The state.
+        records: Vec<Record>,
+        /// Whether the guest stands still and is to do so here: to be remembered with it, before it is loaded.
+        paused: bool,
+    },
     /// Make this durable; answer `Journaled`.
     Journal(JournalRecord),
     /// Let the guest run; answer `Resumed`.
     Resume,
-    /// Tell the network where the guest is now; answer `Announced` after the first round.
+    /// In place of `Resume` for a guest that is to stand still: it is this host's from now on; answer `Resumed`.
+    Hold,
+    /// Tell the network where the guest is now; answer `Announced` after the first round. Of a guest that stands still
+    /// nothing is told: it would not answer.
     Announce,
     /// Kill the incoming VMM and give back what it had; no answer.
     Discard,

@@ -57,7 +57,7 @@
 //!             D::Send(message) => source.handle(now, SE::Message(message)),
 //!             D::Check(_) => destination.handle(now, DE::Admitted),
 //!             D::Prepare { .. } => destination.handle(now, DE::Prepared { populated_ms: 0 }),
-//!             D::Load(_) => destination.handle(now, DE::Loaded),
+//!             D::Load { .. } => destination.handle(now, DE::Loaded),
 //!             D::Journal(record) => destination.handle(now, DE::Journaled(record.kind)),
 //!             D::Resume => destination.handle(now, DE::Resumed),
 //!             D::Announce => destination.handle(now, DE::Announced { announcements: vec![], cpu_us: 0, reached: Reached::default() }),
@@ -86,6 +86,7 @@ pub mod precopy;
 pub mod progress;
 pub mod record;
 pub mod report;
+pub mod snapshot;
 pub mod source;
 pub mod state;
 pub mod time;

@@ -1,6 +1,7 @@
 //! What is known about a migration while it goes on, as its source sees it: what progress bars and reports are made of.
 //! It holds numbers and decides nothing.
 
+use crate::event::Course;
 use crate::state::SourceState;
 use crate::wire::message::DestinationReport;
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,8 @@ impl DowntimeParts {
 pub struct Progress {
     /// The source's state.
     pub state: SourceState,
+    /// How the guest goes.
+    pub course: Course,
     /// The round that is being sent; 0 before the first.
     pub round: u32,
     /// Finished rounds, the last round included.
@@ -96,6 +99,7 @@ impl Progress {
     pub fn new(memory_bytes: u64) -> Progress {
         Progress {
             state: SourceState::Starting,
+            course: Course::Precopy,
             round: 0,
             rounds: Vec::new(),
             memory_bytes,

@@ -1,6 +1,6 @@
 //! The report of one migration, as people and machines get it. Made of [`Progress`] and of what the driver measured.
 
-use crate::event::{Side, SourceOutcome};
+use crate::event::{Course, Side, SourceOutcome};
 use crate::progress::{Progress, RoundProgress};
 use crate::wire::code::Code;
 use crate::wire::message::Reached;
@@ -90,6 +90,12 @@ pub struct Report {
     pub by: Option<Side>,
     /// Whether the guest is known to run somewhere.
     pub guest_runs: bool,
+    /// Whether its operator had paused it: it stood still all along and does so still, so there is no downtime.
+    #[serde(default)]
+    pub paused: bool,
+    /// Whether it was paused first and then sent at once.
+    #[serde(default)]
+    pub quick: bool,
     /// Kind of link.
     pub link: String,
     /// Why this link; empty where nobody chose.
@@ -162,7 +168,9 @@ impl Report {
             code: code.map(|code| code.to_string()),
             words,
             by,
-            guest_runs,
+            guest_runs: guest_runs && progress.course != Course::Paused,
+            paused: progress.course == Course::Paused,
+            quick: progress.course == Course::Quick,
             link: measured.link,
             link_reason: String::new(),
             links_tried: Vec::new(),

@@ -8,7 +8,7 @@ use limosa_proto::commit::JournalRecordKind as Kind;
 use limosa_proto::destination::{Destination, DestinationAction, DestinationConfig, DestinationEvent, HostTask};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
-use limosa_proto::source::{RoundSent, Source, SourceAction, SourceConfig, SourceEvent};
+use limosa_proto::source::{Course, RoundSent, Source, SourceAction, SourceConfig, SourceEvent};
 use limosa_proto::state::{
     DestinationInput, DestinationState, Rule, SourceInput, SourceState, destination_dot, destination_rule, source_dot,
     source_rule,
@@ -60,11 +60,27 @@ fn accept() -> Message {
     })
 }
 
+/// Whether a guest that goes like this ever comes into `state`.
+fn reaches(course: Course, state: SourceState) -> bool {
+    match state {
+        SourceState::Tracking | SourceState::Precopy => course == Course::Precopy,
+        SourceState::Stopping => course != Course::Paused,
+        _ => true,
+    }
+}
+
 /// The way to each state, beginning at the state before it.
-fn source_path(state: SourceState) -> (Option<SourceState>, Vec<SourceEvent>) {
+fn source_path(course: Course, state: SourceState) -> (Option<SourceState>, Vec<SourceEvent>) {
     use SourceState as S;
     let message = SourceEvent::Message;
+    let whole = course != Course::Precopy;
+    let last = if whole { 1 } else { 2 };
     match state {
+        S::Stopping if whole => (Some(S::OpeningLanes), vec![SourceEvent::LanesOpen]),
+        S::Saving if course == Course::Paused => (Some(S::OpeningLanes), vec![SourceEvent::LanesOpen]),
+        S::LastRound if whole => (Some(S::Saving), vec![SourceEvent::Saved(vec![])]),
+        S::Aborting if course == Course::Paused => (Some(S::Saving), vec![SourceEvent::Cancel("please".to_owned())]),
+        S::Done if course == Course::Paused => (Some(S::Aborting), vec![SourceEvent::Journaled(Kind::Aborted)]),
         S::Starting => (None, vec![]),
         S::Preamble => (Some(S::Starting), vec![SourceEvent::Journaled(Kind::Started)]),
         S::Preparing => (Some(S::Preamble), vec![message(accept())]),
@@ -74,9 +90,9 @@ fn source_path(state: SourceState) -> (Option<SourceState>, Vec<SourceEvent>) {
         S::Stopping => (Some(S::Precopy), vec![sent(1), message(Message::RoundDone { round: 1 }), dirty()]),
         S::Saving => (Some(S::Stopping), vec![SourceEvent::Paused]),
         S::LastRound => (Some(S::Saving), vec![SourceEvent::Saved(vec![]), dirty()]),
-        S::Finalizing => (Some(S::LastRound), vec![sent(2)]),
+        S::Finalizing => (Some(S::LastRound), vec![sent(last)]),
         S::Releasing => {
-            (Some(S::Finalizing), vec![message(Message::RoundDone { round: 2 }), message(Message::Ready(Default::default()))])
+            (Some(S::Finalizing), vec![message(Message::RoundDone { round: last }), message(Message::Ready(Default::default()))])
         }
         S::Committing => (Some(S::Releasing), vec![SourceEvent::Journaled(Kind::Released)]),
         S::InDoubt => (Some(S::Committing), vec![SourceEvent::LinkLost("gone".to_owned())]),
@@ -87,12 +103,13 @@ fn source_path(state: SourceState) -> (Option<SourceState>, Vec<SourceEvent>) {
     }
 }
 
-fn source_in(state: SourceState) -> Source {
-    let (before, events) = source_path(state);
+fn source_in(course: Course, state: SourceState) -> Source {
+    let (before, events) = source_path(course, state);
     let mut source = match before {
-        Some(before) => source_in(before),
+        Some(before) => source_in(course, before),
         None => {
             let config = SourceConfig::new(MigrationId([7; 16]), Generation(1), HostId([2; 32]), vm());
+            let config = SourceConfig { course, ..config };
             Source::new(Instant::ZERO, config).unwrap()
         }
     };
@@ -158,10 +175,16 @@ fn first_word(of: &impl std::fmt::Debug) -> String {
 
 #[test]
 fn the_source_does_what_its_table_says() {
+    for (course, name) in [(Course::Precopy, "source"), (Course::Quick, "source_quick"), (Course::Paused, "source_paused")] {
+        insta::assert_snapshot!(name, source_table(course));
+    }
+}
+
+fn source_table(course: Course) -> String {
     let mut text = String::new();
-    for state in SourceState::ALL {
+    for state in SourceState::ALL.iter().filter(|state| reaches(course, **state)) {
         for input in SourceInput::ALL {
-            let mut source = source_in(*state);
+            let mut source = source_in(course, *state);
             let time = if *input == SourceInput::Deadline { late() } else { now() };
             // The link lives: it is the state's own patience that ends.
             source.handle(time, SourceEvent::Message(Message::KeepaliveAck { nonce: 0 }));
@@ -190,10 +213,10 @@ fn the_source_does_what_its_table_says() {
                 panic!("{input} is not what its event is");
             }
             text += &format!("{state} + {input}{kind} -> {after}: {}\n", actions.join(" "));
-            promises(*state, after, &actions);
+            promises(course, *state, after, &actions);
         }
     }
-    insta::assert_snapshot!("source", text);
+    text
 }
 
 fn input_of(event: &SourceEvent) -> SourceInput {
@@ -206,7 +229,7 @@ fn late() -> Instant {
 }
 
 /// What must hold for every transition of the source.
-fn promises(before: SourceState, after: SourceState, actions: &[String]) {
+fn promises(course: Course, before: SourceState, after: SourceState, actions: &[String]) {
     let has = |what: &str| actions.iter().any(|action| action == what);
     let released = (SourceState::Releasing..=SourceState::InDoubt).contains(&before) || before == SourceState::Committed;
     assert!(!(released && has("Resume")), "{before} -> {after}: {actions:?}");
@@ -215,7 +238,14 @@ fn promises(before: SourceState, after: SourceState, actions: &[String]) {
         !has("Release") || matches!(before, SourceState::Committing | SourceState::InDoubt),
         "{before} -> {after}: {actions:?}"
     );
-    if before.is_revocable() && before.is_stopped() && after == SourceState::Aborting {
+    if course == Course::Paused {
+        let touches = ["Pause", "Resume", "StartTracking", "StopTracking"];
+        assert!(!touches.iter().any(|touch| has(touch)), "{before} -> {after}: its operator's guest is left alone: {actions:?}");
+    }
+    if course == Course::Quick {
+        assert!(!has("StartTracking") && !has("FetchDirty"), "{before} -> {after}: {actions:?}");
+    }
+    if course != Course::Paused && before.is_revocable() && before.is_stopped() && after == SourceState::Aborting {
         assert_eq!(actions[0], "Resume", "{before}: the guest comes first");
     }
     let done = actions.iter().position(|action| action.starts_with("Done"));
@@ -223,7 +253,7 @@ fn promises(before: SourceState, after: SourceState, actions: &[String]) {
     assert!(done.is_none_or(|at| at + 1 == actions.len()), "Done is last: {actions:?}");
 }
 
-fn destination_path(state: DestinationState) -> (Option<DestinationState>, Vec<DestinationEvent>) {
+fn destination_path(paused: bool, state: DestinationState) -> (Option<DestinationState>, Vec<DestinationEvent>) {
     use DestinationState as S;
     let arrived = |round| DestinationEvent::RoundArrived { round, pages: 1, zero_pages: 1, bytes: 4096 };
     match state {
@@ -232,7 +262,7 @@ fn destination_path(state: DestinationState) -> (Option<DestinationState>, Vec<D
         S::Preparing => (Some(S::Checking), vec![DestinationEvent::Admitted]),
         S::Joining => (Some(S::Preparing), vec![DestinationEvent::Prepared { populated_ms: 1 }]),
         S::Receiving => (Some(S::Joining), vec![DestinationEvent::LanesJoined, arrived(1)]),
-        S::Loading => (Some(S::Receiving), vec![arrived(2), destination_event(DestinationInput::RecordsEnd)]),
+        S::Loading => (Some(S::Receiving), vec![arrived(2), records_end(paused)]),
         S::Readying => (Some(S::Loading), vec![DestinationEvent::Loaded]),
         S::Ready => (Some(S::Readying), vec![DestinationEvent::Journaled(Kind::Ready)]),
         S::Resuming => (Some(S::Ready), vec![DestinationEvent::Message(Message::Commit)]),
@@ -242,10 +272,14 @@ fn destination_path(state: DestinationState) -> (Option<DestinationState>, Vec<D
     }
 }
 
-fn destination_in(state: DestinationState) -> Destination {
-    let (before, events) = destination_path(state);
+fn records_end(paused: bool) -> DestinationEvent {
+    DestinationEvent::Message(Message::RecordsEnd { count: 0, bytes: 0, last_round: 2, paused })
+}
+
+fn destination_in(paused: bool, state: DestinationState) -> Destination {
+    let (before, events) = destination_path(paused, state);
     let mut destination = match before {
-        Some(before) => destination_in(before),
+        Some(before) => destination_in(paused, before),
         None => {
             let config = DestinationConfig::new(MigrationId([7; 16]), Generation(1), HostId([1; 32]), LaneToken([9; 32]));
             Destination::new(Instant::ZERO, config).unwrap()
@@ -276,7 +310,7 @@ fn destination_event(input: DestinationInput) -> DestinationEvent {
             source_build: String::new(),
         }))),
         I::Record => message(Message::Record(limosa_proto::record::Record { kind: 1, version: 1, instance: 0, bytes: vec![1] })),
-        I::RecordsEnd => message(Message::RecordsEnd { count: 0, bytes: 0, last_round: 2 }),
+        I::RecordsEnd => records_end(false),
         I::Commit => message(Message::Commit),
         I::VerdictAsk => message(Message::VerdictAsk { released: true }),
         I::Abort => message(Message::Abort { code: Code::Cancelled, words: "no more".to_owned() }),
@@ -312,10 +346,15 @@ fn destination_action(action: &DestinationAction) -> String {
 
 #[test]
 fn the_destination_does_what_its_table_says() {
+    insta::assert_snapshot!("destination", destination_table(false));
+    insta::assert_snapshot!("destination_paused", destination_table(true));
+}
+
+fn destination_table(paused: bool) -> String {
     let mut text = String::new();
     for state in DestinationState::ALL {
         for input in DestinationInput::ALL {
-            let mut destination = destination_in(*state);
+            let mut destination = destination_in(paused, *state);
             let time = if *input == DestinationInput::Deadline { late() } else { now() };
             destination.handle(time, DestinationEvent::Message(Message::KeepaliveAck { nonce: 0 }));
             let event = destination_event(*input);
@@ -345,13 +384,15 @@ fn the_destination_does_what_its_table_says() {
             };
             text += &format!("{state} + {input}{kind} -> {after}: {}\n", actions.join(" "));
             let has = |what: &str| actions.iter().any(|action| action == what);
-            assert!(!has("Resume") || matches!(state, DestinationState::Ready | DestinationState::Resuming), "{state} + {input}");
+            let (takes, never) = if paused { ("Hold", "Resume") } else { ("Resume", "Hold") };
+            assert!(!has(takes) || matches!(state, DestinationState::Ready | DestinationState::Resuming), "{state} + {input}");
+            assert!(!has(never), "{state} + {input}: {actions:?}");
             let late = *state >= DestinationState::Resuming && *state != DestinationState::Discarding;
             assert!(!(late && (has("Journal(Discarded)") || has("Discard"))), "{state} + {input}: {actions:?}");
             assert!(!has("Announce") || *state == DestinationState::Resuming, "{state} + {input}: {actions:?}");
         }
     }
-    insta::assert_snapshot!("destination", text);
+    text
 }
 
 /// With LIMOSA_UPDATE_DOCS=1 the graphs are written anew.

@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, Direction, HostInfo, JobInfo, JobState, Request, Response, VerdictInfo};
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, outgoing};
+use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot};
 use limosa_announce::Announcer;
 use limosa_proto::commit;
 use std::path::PathBuf;
@@ -25,6 +25,16 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
                 Ok(Answer::Done(format!("{vm} is stopped")))
             })
             .await
+        }
+        Request::VmPause { vm } => blocking(agent, move |agent| pausing::pause(agent, &vm).map(Answer::Done)).await,
+        Request::VmResume { vm } => blocking(agent, move |agent| pausing::run_on(agent, &vm).map(Answer::Done)).await,
+        Request::VmSave { vm, file, keep_running } => {
+            let id = snapshot::save::begin(agent, vm, file, keep_running).await?;
+            follow(agent, id, replies).await
+        }
+        Request::VmRestore { file, paused } => {
+            let id = snapshot::restore::begin(agent, file, paused).await?;
+            follow(agent, id, replies).await
         }
         Request::HostId => Ok(Answer::Host(own(agent))),
         Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
@@ -148,6 +158,9 @@ async fn watch_all(agent: &Arc<Agent>, replies: &Replies) -> Result<Answer, ApiE
 
 fn verdict(agent: &Agent, id: u64) -> Result<VerdictInfo, ApiError> {
     let info = job(agent, id)?;
+    if info.direction == Direction::Saving {
+        return Err(ApiError::refused("no-journal", format!("job {id} moved no guest: it saved {}", info.vm)));
+    }
     let (migration, generation) = (info.migration.parse(), limosa_proto::identity::Generation(info.generation));
     let migration = migration.map_err(|e| ApiError::refused("no-journal", format!("job {id}: {e}")))?;
     let records = agent.journal().of(migration, generation);
@@ -161,7 +174,7 @@ fn verdict(agent: &Agent, id: u64) -> Result<VerdictInfo, ApiError> {
             }
             commit::SourceVerdict::Gone => "the guest runs at the destination",
         },
-        Direction::Incoming => match commit::destination_verdict(&records, migration, generation) {
+        _ => match commit::destination_verdict(&records, migration, generation) {
             commit::DestinationVerdict::NoRecord => "this host never promised to run the guest: it is the source's",
             commit::DestinationVerdict::Undecided => "the guest is ready here and waits for the source's word",
             commit::DestinationVerdict::Running => "the guest is this host's",

@@ -50,6 +50,32 @@ pub enum Request {
         /// Its name.
         vm: String,
     },
+    /// Pause a guest until it is resumed, whatever becomes of the agent.
+    VmPause {
+        /// Its name.
+        vm: String,
+    },
+    /// Let a paused guest run on.
+    VmResume {
+        /// Its name.
+        vm: String,
+    },
+    /// Save a guest into a file; answers with progress until it ends.
+    VmSave {
+        /// Its name.
+        vm: String,
+        /// The file (absolute path); it must not be there.
+        file: PathBuf,
+        /// Whether it runs on afterwards; otherwise it is stopped.
+        keep_running: bool,
+    },
+    /// Start the guest of such a file; answers with progress until it ends.
+    VmRestore {
+        /// The file (absolute path).
+        file: PathBuf,
+        /// Whether it stays paused.
+        paused: bool,
+    },
     /// Who this host is.
     HostId,
     /// Who this host is, and which links it has.
@@ -122,6 +148,8 @@ pub struct MigrateRequest {
     pub on_no_convergence: Option<String>,
     /// Most bytes a second; 0: no limit.
     pub bandwidth: Option<u64>,
+    /// Whether the guest is paused first and sent at once.
+    pub quick: Option<bool>,
     /// Only say what would be done.
     pub plan_only: bool,
 }
@@ -155,6 +183,10 @@ pub struct Plan {
     pub page_check: bool,
     /// Number of lanes.
     pub lanes: u16,
+    /// Whether the guest is paused first and sent at once.
+    pub quick: bool,
+    /// Whether its operator has paused it: it goes at once, and stays so.
+    pub paused: bool,
     /// Pause that pre-copy aims at.
     pub downtime_target_ms: u64,
     /// Longest pause.
@@ -172,7 +204,7 @@ pub struct VmInfo {
     pub name: String,
     /// Its identity.
     pub id: String,
-    /// "running", "paused", "incoming", "migrating".
+    /// "running", "paused" (by its operator), "in doubt", "incoming", or what is being done with it: "migrating", "saving".
     pub state: String,
     /// Process id of its VMM.
     pub pid: u32,
@@ -348,6 +380,10 @@ pub enum Direction {
     Outgoing,
     /// To this host.
     Incoming,
+    /// Into a file.
+    Saving,
+    /// Out of a file.
+    Restoring,
 }
 
 /// How a job stands.
@@ -418,7 +454,7 @@ pub struct JobInfo {
     pub vm: String,
     /// The guest's identity.
     pub vm_id: String,
-    /// The other host's name, or its identity.
+    /// The other host's name, or its identity; of a snapshot its file.
     pub peer: String,
     /// The migration's identity.
     pub migration: String,
@@ -437,10 +473,32 @@ pub struct JobInfo {
     /// What left on which interface when the guest had come; incoming jobs only.
     #[serde(default)]
     pub announcements: Vec<String>,
+    /// What was written or read, of saving and restoring.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotInfo>,
     /// Why it ended so, in words.
     pub words: String,
     /// A word for machines when it did not succeed: "not-allowed", "no-room" and so on.
     pub code: Option<String>,
+}
+
+/// A snapshot, as it was written or read.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// Bytes of the guest's memory.
+    pub memory_bytes: u64,
+    /// Pages in the file; all others are zero.
+    pub pages: u64,
+    /// Records of device state.
+    pub records: u64,
+    /// From the start to the end.
+    pub total_ms: f64,
+    /// How long the guest stood still for it; none where it stood still anyhow, or was stopped.
+    pub paused_ms: Option<f64>,
+    /// What the guest does here now: "runs", "paused" or "stopped".
+    pub guest: String,
 }
 
 /// What is known about a migration in doubt.

@@ -143,6 +143,36 @@ pub(crate) fn resolve(storage: &Storage, vm: &VmDescription) -> Result<Vec<Strin
     if reasons.is_empty() { Ok(paths) } else { Err(reasons) }
 }
 
+/// Puts the real paths of this host into the description of a guest that comes, proven as by [`resolve`].
+///
+/// # Errors
+/// Every reason why not, in words.
+pub(crate) fn put_paths(storage: &Storage, vm: &mut VmDescription) -> Result<(), String> {
+    let paths = resolve(storage, vm);
+    let paths = paths.map_err(|reasons| reasons.iter().map(|reason| reason.words.as_str()).collect::<Vec<_>>().join("; "))?;
+    for (disk, path) in vm.disks.iter_mut().zip(paths) {
+        disk.path = path;
+    }
+    Ok(())
+}
+
+/// The same for a guest out of a file, which names images as a peer does, but has no host that could prove anything: only
+/// images in shared folders are taken. That they are as they were at the save is the operator's word.
+///
+/// # Errors
+/// The first reason why not, in words.
+pub(crate) fn put_saved_paths(storage: &Storage, vm: &mut VmDescription) -> Result<(), String> {
+    for disk in &mut vm.disks {
+        let found = in_shared_folder(storage, &disk.path).and_then(|path| {
+            let file = open(disk, &path)?;
+            check_format(disk, &file)?;
+            path.into_os_string().into_string().map_err(|_| ("disk-missing", "its real path here is no UTF-8".to_owned()))
+        });
+        disk.path = found.map_err(|(_, words)| format!("disk {}: {words}", disk.path))?;
+    }
+    Ok(())
+}
+
 type Objection = (&'static str, String);
 
 fn look(storage: &Storage, disk: &DiskDescription, until: Instant) -> Result<String, Objection> {

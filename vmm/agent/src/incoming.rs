@@ -12,13 +12,14 @@ use crate::links;
 use crate::networks;
 use crate::outgoing::{host_error, resume};
 use crate::pages::GuestPages;
+use crate::pausing::hold;
 use crate::process::memory_available;
 use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
-use limosa_plug::{HugePages, PlugConnection};
+use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
@@ -124,6 +125,7 @@ fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> Job
         progress: None,
         report: None,
         announcements: Vec::new(),
+        snapshot: None,
         words: String::new(),
         code: None,
     }
@@ -252,13 +254,7 @@ impl DestinationHost for Receiving {
         guest.on_lost(Some(self.cancel.clone()));
         let mut description = vm.clone();
         // Looked at again: the VMM gets paths without links, and follows none in them.
-        let paths = disks::resolve(&self.agent.config.storage, vm);
-        let paths = paths.map_err(|reasons| {
-            HostError::new(reasons.iter().map(|reason| reason.words.as_str()).collect::<Vec<_>>().join("; "))
-        })?;
-        for (disk, path) in description.disks.iter_mut().zip(paths) {
-            disk.path = path;
-        }
+        disks::put_paths(&self.agent.config.storage, &mut description).map_err(HostError::new)?;
         let described = arrived.connection.prepare(&description, &self.agent.config.bridges()).map_err(host_error)?;
         // Which addresses are configured the VMM knows; the others are what the source has learned.
         let mut own = vm.clone();
@@ -281,12 +277,24 @@ impl DestinationHost for Receiving {
         Ok(())
     }
 
+    fn hold(&mut self) -> Result<(), HostError> {
+        hold(self.vm()?, Duration::ZERO)?;
+        let taken = self.connection()?.status().map_err(host_error)?.state == Plugged::Paused;
+        if taken {
+            self.vm()?.set_state(VmState::Held);
+        }
+        Ok(())
+    }
+
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
         self.runs = Some(Arc::clone(&guest));
         self.vm = None;
+        if guest.state() == VmState::Held {
+            return Ok(Vec::new());
+        }
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
         let nics = announcing::nics(&self.agent.config, &description);
         self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));

@@ -225,6 +225,7 @@ mod tests {
             progress: None,
             report: None,
             announcements: Vec::new(),
+            snapshot: None,
             words: String::new(),
             code: None,
         }

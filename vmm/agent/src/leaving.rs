@@ -12,7 +12,7 @@ use crate::pages::GuestPages;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
 use limosa_link::{Cancel, LaneSettings, Link, run_source_over};
-use limosa_proto::event::{Deadlines, Side, SourceConfig, SourceOutcome};
+use limosa_proto::event::{Course, Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
@@ -238,7 +238,13 @@ impl Leaving {
         let downtime_max = Duration::from_millis(plan.downtime_ms_max);
         let no_convergence = if plan.on_no_convergence == "abort" { NoConvergence::Abort } else { NoConvergence::LongerDowntime };
         let usual = Deadlines::default();
+        let course = match (plan.paused, plan.quick) {
+            (true, _) => Course::Paused,
+            (false, true) => Course::Quick,
+            (false, false) => Course::Precopy,
+        };
         SourceConfig {
+            course,
             lanes: plan.lanes,
             plaintext_lanes: candidate.plaintext,
             page_check: plan.page_check,

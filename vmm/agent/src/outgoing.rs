@@ -57,6 +57,8 @@ pub(crate) fn resolve(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, 
         encrypted: true,
         page_check: request.page_check.unwrap_or(set.page_check),
         lanes,
+        quick: request.quick.unwrap_or(false),
+        paused: vm.state() == VmState::Held,
         downtime_target_ms: request.downtime_target_ms.unwrap_or(ms(set.downtime_target)),
         downtime_ms_max: request
             .downtime_ms_max
@@ -132,6 +134,7 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
         progress: None,
         report: None,
         announcements: Vec::new(),
+        snapshot: None,
         words: String::new(),
         code: None,
     });
@@ -141,8 +144,10 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
 }
 
 fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError> {
-    let (plan, host, wanted) = resolve(agent, request)?;
+    let (mut plan, host, wanted) = resolve(agent, request)?;
     let claim = agent.vms.claim(&request.vm, "migrating")?;
+    // From here on nobody else pauses or resumes it.
+    plan.paused = claim.vm().state() == VmState::Held;
     let failed = |words: String| ApiError::refused("vmm-failed", words);
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;

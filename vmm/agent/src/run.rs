@@ -66,7 +66,8 @@ async fn live(agent: &Arc<Agent>) -> Result<(), ApiError> {
     let ended = async {
         sessions.idle().await;
         let mut changed = agent.jobs.watch();
-        while agent.jobs.running(Direction::Outgoing) > 0 {
+        let ours = [Direction::Outgoing, Direction::Saving, Direction::Restoring];
+        while ours.iter().any(|direction| agent.jobs.running(*direction) > 0) {
             if changed.changed().await.is_err() {
                 break;
             }

@@ -6,11 +6,11 @@
 
 use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
-use crate::incoming;
 use crate::jobs::{Ending, unix_ms};
-use crate::outgoing::{give_up_disks, resume};
+use crate::outgoing::give_up_disks;
+use crate::pausing::{take_up, tell};
 use crate::process::birth;
-use crate::vm::Vm;
+use crate::vm::{Vm, VmState};
 use limosa_link::driver::VerdictError;
 use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
@@ -77,6 +77,7 @@ fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> 
         progress: None,
         report: None,
         announcements: Vec::new(),
+        snapshot: None,
         words: "the agent was restarted in the middle of the commit".into(),
         code: None,
     });
@@ -165,7 +166,8 @@ fn end_vm(agent: &Agent, id: VmId, release: bool) {
 fn give_back(agent: &Agent, id: VmId) -> String {
     match agent.vms.with_id(id) {
         None => "the guest is this host's again, and its VMM has not plugged in; it is resumed when it does".into(),
-        Some(vm) => match resume(&vm, REPLUG_MAX) {
+        Some(vm) => match take_up(&vm, REPLUG_MAX) {
+            Ok(()) if vm.state() == VmState::Held => "the guest is here, paused as its operator left it".into(),
             Ok(()) => "the guest runs on here".into(),
             Err(error) => format!("the guest is this host's again, and could not be resumed: {error}"),
         },
@@ -198,6 +200,8 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
             }
             SourceVerdict::Gone => end_vm(agent, vm.id, true),
             SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Paused => own(vm),
+            // Its restore ended with the agent, and nothing of it was promised.
+            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Loaded => end_vm(agent, vm.id, false),
             SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord => {}
         }
         return;
@@ -207,6 +211,11 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
         (DestinationVerdict::Undecided, Plugged::Running) => {
             note(agent, last, JournalRecordKind::Running, "its VMM runs it");
         }
+        // Only a commit takes a guest out of the state in which it was loaded.
+        (DestinationVerdict::Undecided, Plugged::Paused) => {
+            note(agent, last, JournalRecordKind::Running, "its VMM has taken it");
+            own(vm);
+        }
         (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
             own(vm)
         }
@@ -215,8 +224,12 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
     }
 }
 
+/// A guest that stands still is this host's: it runs on, unless its operator holds it.
 fn own(vm: &Vm) {
-    match resume(vm, Duration::ZERO) {
+    match take_up(vm, Duration::ZERO) {
+        Ok(()) if vm.state() == VmState::Held => {
+            tracing::info!(vm = vm.name, "the guest is this host's; its operator has paused it")
+        }
         Ok(()) => tracing::info!(vm = vm.name, "the guest was paused and is this host's; it runs on"),
         Err(error) => tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed"),
     }
@@ -240,13 +253,15 @@ pub(crate) fn verdict(
         // Its driver has not ended yet and decides.
         return VerdictAnswer::Pending;
     }
-    if released || runs(&vm) {
-        if let Err(error) = resume(&vm, REPLUG_MAX) {
+    if released || is_taken(&vm) {
+        if let Err(error) = take_up(&vm, REPLUG_MAX) {
             tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
             return VerdictAnswer::Pending;
         }
         note(agent, ready, JournalRecordKind::Running, "the source in doubt released it");
-        announce(agent, &vm);
+        if vm.state() == VmState::Running {
+            tell(agent, &vm);
+        }
         return VerdictAnswer::Running;
     }
     if note(agent, ready, JournalRecordKind::Discarded, "the source asked for it back") {
@@ -256,15 +271,10 @@ pub(crate) fn verdict(
     VerdictAnswer::Pending
 }
 
-fn runs(vm: &Vm) -> bool {
-    vm.connection().and_then(|connection| connection.status().ok()).is_some_and(|status| status.state == Plugged::Running)
-}
-
-fn announce(agent: &Agent, vm: &Vm) {
-    let Some(description) = vm.description() else { return };
-    if let Err(error) = incoming::announce(agent, &description, Arc::default(), |_| {}) {
-        tracing::warn!(vm = vm.name, %error, "the guest could not be announced; `limosa announce` repeats it");
-    }
+/// Whether the guest was committed to this host: it runs, or is held.
+fn is_taken(vm: &Vm) -> bool {
+    let status = vm.connection().and_then(|connection| connection.status().ok());
+    status.is_some_and(|status| matches!(status.state, Plugged::Running | Plugged::Paused))
 }
 
 /// Destination: waits for the source's word on a guest that was ready when the agent ended; then gives it up for good.
@@ -305,8 +315,8 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
         });
         return;
     }
-    if vm.as_ref().is_some_and(|vm| runs(vm)) {
-        note(agent, ready, JournalRecordKind::Running, "its VMM runs it");
+    if vm.as_ref().is_some_and(|vm| is_taken(vm)) {
+        note(agent, ready, JournalRecordKind::Running, "its VMM has taken it");
         return;
     }
     if note(agent, ready, JournalRecordKind::Discarded, "the source's word did not come in time") {

@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 pub(crate) enum VmState {
     /// It runs.
     Running,
-    /// It stands still and waits for a decision.
+    /// It stands still and waits for a decision: nobody may resume it before it is settled whose it is.
     Paused,
+    /// It is this host's, and stands still because its operator wants it.
+    Held,
     /// It is being received.
     Incoming,
     /// Its VMM has ended, or is about to.
@@ -245,7 +247,8 @@ impl Vm {
             (VmState::Gone, _) => "gone",
             (VmState::Incoming, _) => "incoming",
             (_, Some(purpose)) => purpose,
-            (VmState::Paused, None) => "paused",
+            (VmState::Paused, None) => "in doubt",
+            (VmState::Held, None) => "paused",
             (VmState::Running, None) if inner.connection.is_none() => "running, not plugged in",
             (VmState::Running, None) => "running",
         };

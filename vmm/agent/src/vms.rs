@@ -145,7 +145,7 @@ impl Vms {
         vm.description().ok_or_else(|| refuse("has not described itself yet"))
     }
 
-    /// Takes a guest that runs here for one purpose.
+    /// Takes a guest for one purpose that is this host's: it runs, or its operator has paused it.
     pub(crate) fn claim(&self, name: &str, purpose: &'static str) -> Result<Claim, ApiError> {
         let vm = self.named(name)?;
         self.free(&vm)?;
@@ -159,12 +159,12 @@ impl Vms {
     pub(crate) fn free(&self, vm: &Vm) -> Result<(), ApiError> {
         let name = &vm.name;
         match vm.state() {
-            VmState::Running if vm.is_claimed() => {
+            VmState::Running | VmState::Held if vm.is_claimed() => {
                 Err(ApiError::refused("busy", format!("{name} is {}; `limosa jobs` shows more", vm.info().state)))
             }
-            VmState::Running => Ok(()),
+            VmState::Running | VmState::Held => Ok(()),
             VmState::Paused => {
-                Err(ApiError::refused("paused", format!("{name} is paused and in doubt; `limosa jobs` shows why")))
+                Err(ApiError::refused("in-doubt", format!("{name} stands still and is in doubt; `limosa jobs` shows why")))
             }
             VmState::Incoming => Err(ApiError::refused("busy", format!("{name} is still coming in"))),
             VmState::Gone => Err(ApiError::refused("gone", format!("{name}'s VMM has just ended"))),

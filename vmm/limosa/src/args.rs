@@ -110,6 +110,32 @@ pub(crate) enum VmCommand {
     Stop { vm: String },
     /// This terminal on a guest's serial line; Ctrl-] leaves it
     Console { vm: String },
+    /// Pause a guest until `vm resume`; it stays paused when it migrates and when the agent is restarted
+    Pause { vm: String },
+    /// Let a paused guest run on, and tell the network where it is
+    Resume { vm: String },
+    /// Save a guest into a file, then stop it; its disks are not in the file
+    Save {
+        vm: String,
+        /// The file; it must not be there
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+        /// Let it run on afterwards
+        #[arg(long, overrides_with = "no_keep_running")]
+        keep_running: bool,
+        #[arg(long, hide = true)]
+        no_keep_running: bool,
+    },
+    /// Start a guest out of a file of `vm save`: it goes back to the time of the save
+    Restore {
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Leave it paused
+        #[arg(long, overrides_with = "no_paused")]
+        paused: bool,
+        #[arg(long, hide = true)]
+        no_paused: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -208,6 +234,12 @@ pub(crate) struct MigrateArgs {
     /// Most bytes a second, such as 500M; 0 is no limit
     #[arg(long, value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
+    /// Pause the guest first, then send everything at once: shortest total time, longest pause
+    #[arg(long, overrides_with = "no_quick")]
+    pub(crate) quick: bool,
+    /// Send it while it runs
+    #[arg(long, overrides_with = "quick")]
+    pub(crate) no_quick: bool,
     /// Show what would be done, and do nothing
     #[arg(long, overrides_with = "no_print_plan")]
     pub(crate) print_plan: bool,
@@ -357,6 +389,8 @@ mod tests {
         assert_eq!((args.downtime, args.downtime_max), (Some(Duration::from_millis(50)), Some(Duration::from_secs(2))));
         assert_eq!(args.bandwidth, Some(500 << 20));
         assert_eq!((args.link, args.page_check, args.no_page_check), (None, false, false));
+        let Command::Migrate(args) = parse("migrate web --to beta --quick --no-quick").unwrap().command else { unreachable!() };
+        assert!(!args.quick && args.no_quick);
         let Command::Migrate(args) = parse("migrate web --to beta --link quic --page-check --no-page-check").unwrap().command
         else {
             unreachable!()
@@ -381,6 +415,8 @@ mod tests {
             "demo --link carrier-pigeon",
             "demo --memory much",
             "vmm --config a --bridge br0",
+            "vm save web",
+            "vm restore",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -2,7 +2,7 @@
 //! It decides nothing; commands hand it what they have.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use limosa_agent::api::{ApiError, JobInfo, JobState};
+use limosa_agent::api::{ApiError, Direction, JobInfo, JobState};
 use limosa_proto::report::{LinkTried, Report};
 use serde::Serialize;
 use std::io::{IsTerminal as _, Write as _};
@@ -119,8 +119,12 @@ impl Progress {
 /// A migration's report as rows of name and value.
 pub(crate) fn report_rows(report: &Report) -> Vec<(String, String)> {
     let mut rows = vec![];
+    if report.paused {
+        rows.push(("downtime".into(), "none: it was paused all along, and still is".into()));
+    }
     if let Some(downtime) = report.downtime_ms {
-        rows.push(("downtime".into(), format!("{downtime:.1} ms")));
+        let quick = if report.quick { ", as quick as could be: paused first, then sent at once" } else { "" };
+        rows.push(("downtime".into(), format!("{downtime:.1} ms{quick}")));
     }
     if let Some(parts) = &report.downtime_parts_ms {
         let words = format!(
@@ -207,6 +211,10 @@ pub(crate) fn ending(job: &JobInfo) -> String {
         JobState::Running => "at work",
         JobState::Done => "done",
         JobState::Refused => "refused, nothing was changed",
+        JobState::Aborted if job.report.as_ref().is_some_and(|report| report.paused) => {
+            "aborted, the guest stays at the source, paused"
+        }
+        JobState::Aborted if job.direction == Direction::Saving => "aborted, the guest is as it was before",
         JobState::Aborted => "aborted, the guest runs on at the source",
         JobState::InDoubt => "in doubt",
     };

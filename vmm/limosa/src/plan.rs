@@ -24,6 +24,7 @@ pub(crate) fn migrate_request(args: &MigrateArgs) -> Result<MigrateRequest, ApiE
         downtime_ms_max: args.downtime_max.map(ms),
         on_no_convergence: args.on_no_convergence.clone(),
         bandwidth: args.bandwidth,
+        quick: switch(args.quick, args.no_quick),
         plan_only: args.print_plan,
     })
 }
@@ -45,9 +46,15 @@ pub(crate) fn show(plan: &Plan) {
     if plan.link == "rdma" && !plan.page_check {
         rows.push(("page check", "off, unless the destination demands it".into()));
     }
+    match (plan.paused, plan.quick) {
+        (true, _) => rows.push(("downtime", "none: it is paused, and stays so there until `limosa vm resume`".into())),
+        (false, true) => rows.push(("downtime", "quick: it stands still until all of its memory is there".into())),
+        (false, false) => rows.extend([
+            ("downtime", format!("{} ms aimed at, {} ms at most", plan.downtime_target_ms, plan.downtime_ms_max)),
+            ("no convergence", plan.on_no_convergence.clone()),
+        ]),
+    }
     rows.extend([
-        ("downtime", format!("{} ms aimed at, {} ms at most", plan.downtime_target_ms, plan.downtime_ms_max)),
-        ("no convergence", plan.on_no_convergence.clone()),
         ("bandwidth", if plan.bandwidth == 0 { "no limit".into() } else { format!("{}/s", output::bytes(plan.bandwidth)) }),
         ("command", command(plan)),
     ]);
@@ -63,7 +70,7 @@ fn command(plan: &Plan) -> String {
     };
     format!(
         "limosa migrate {} --to {} --link {} --lanes {}{protection} {} --downtime {}ms --downtime-max {}ms \
-         --on-no-convergence {} --bandwidth {}",
+         --on-no-convergence {} --bandwidth {} {}",
         plan.vm,
         plan.to.name,
         plan.link_wanted,
@@ -72,7 +79,8 @@ fn command(plan: &Plan) -> String {
         plan.downtime_target_ms,
         plan.downtime_ms_max,
         plan.on_no_convergence,
-        plan.bandwidth
+        plan.bandwidth,
+        if plan.quick { "--quick" } else { "--no-quick" }
     )
 }
 
@@ -114,6 +122,8 @@ mod tests {
             encrypted: true,
             page_check: false,
             lanes: 2,
+            quick: true,
+            paused: false,
             downtime_target_ms: 50,
             downtime_ms_max: 2000,
             on_no_convergence: "abort".into(),
@@ -121,7 +131,7 @@ mod tests {
         };
         let typed = request(&command(&plan)).unwrap();
         assert_eq!((typed.lanes, typed.plaintext, typed.bandwidth), (Some(2), Some(false), Some(1000)));
-        assert_eq!((typed.link.as_deref(), typed.page_check), (Some("quic"), Some(false)));
+        assert_eq!((typed.link.as_deref(), typed.page_check, typed.quick), (Some("quic"), Some(false), Some(true)));
         let typed = request(&command(&Plan { plaintext: None, ..plan })).unwrap();
         assert_eq!(typed.plaintext, None, "what was left open stays open");
         assert_eq!((typed.downtime_target_ms, typed.downtime_ms_max), (Some(50), Some(2000)));

@@ -415,6 +415,15 @@ impl PlugConnection {
         self.took("resuming the guest", &Request::Resume)
     }
 
+    /// The guest's operator has paused it: a running guest stops, a paused one stays so, a loaded one is taken over without
+    /// running, one that is prepared will be held. The VMM remembers it until Resume; [`VmStatus::held`] tells.
+    ///
+    /// # Errors
+    /// As every request.
+    pub fn hold(&self) -> Result<Duration, PlugError> {
+        self.took("holding the guest", &Request::Hold)
+    }
+
     /// Slows the guest's vCPUs down by `percent` (0 to 99). A VMM may not offer it: [`PlugError::is_unsupported`].
     ///
     /// # Errors

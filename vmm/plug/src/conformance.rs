@@ -104,6 +104,7 @@ impl Kit<'_> {
         self.bad_messages(&source.plug)?;
         self.tracking(&source.plug, &memory)?;
         let source = self.pausing(source, &memory)?;
+        let source = self.holding(source, &memory)?;
         let source = self.reconnecting(source, &memory)?;
         if self.options.lonely {
             self.lonely_incoming(&vm)?;
@@ -291,6 +292,32 @@ impl Kit<'_> {
         ensure(hashes(memory) == before, || "Yield wrote the guest's memory".into())?;
         fine(again.plug.resume())?;
         self.pass("a paused guest stays paused when the agent is lost; its VMM connects again and resumes when told");
+        Ok(again)
+    }
+
+    /// What an operator paused stays so, whatever becomes of agents.
+    fn holding(&mut self, source: Subject, memory: &GuestMemory) -> Result<Subject, String> {
+        match source.plug.hold() {
+            Err(PlugError::Refused { status: Status::UnknownKind | Status::Unsupported, .. }) => {
+                self.pass("Hold is not offered: an operator cannot pause the guest");
+                return Ok(source);
+            }
+            held => fine(held)?,
+        };
+        let before = hashes(memory);
+        drop(source);
+        let again = self.connected()?;
+        let status = fine(again.plug.status())?;
+        ensure(status.state == VmState::Paused && status.held, || {
+            format!("a guest that is held says {status:?} to the next agent")
+        })?;
+        std::thread::sleep(STILL_TIME);
+        ensure(hashes(memory) == before, || "a guest that is held wrote memory".into())?;
+        fine(again.plug.hold())?;
+        fine(again.plug.resume())?;
+        let status = fine(again.plug.status())?;
+        ensure(status.state == VmState::Running && !status.held, || format!("a guest that was resumed says {status:?}"))?;
+        self.pass("a guest that its operator paused is held through the loss of its agent, and runs on when told");
         Ok(again)
     }
 

@@ -107,13 +107,15 @@ kinds! {
     Status = 0x001c,
     /// Give up what only one host may hold, such as locks on images: the guest is about to run elsewhere.
     Yield = 0x001d,
+    /// The guest's operator has paused it: stand still, or do so when the guest is here, until Resume.
+    Hold = 0x001e,
     /// Event, VMM to agent: the guest stopped by itself.
     GuestStopped = 0x4001,
 }
 
 impl Kind {
     /// Every request that an agent may send, by number.
-    pub const REQUESTS: [Kind; 14] = [
+    pub const REQUESTS: [Kind; 15] = [
         Kind::Describe,
         Kind::Prepare,
         Kind::Track,
@@ -128,6 +130,7 @@ impl Kind {
         Kind::Shutdown,
         Kind::Status,
         Kind::Yield,
+        Kind::Hold,
     ];
 }
 
@@ -346,6 +349,8 @@ pub struct VmStatus {
     pub tracking: bool,
     /// By how many per cent the guest is slowed down.
     pub throttle_percent: u8,
+    /// Whether the guest's operator has paused it.
+    pub held: bool,
 }
 
 /// What the agent asks.
@@ -379,6 +384,8 @@ pub enum Request {
     Status,
     /// [`Kind::Yield`].
     Yield,
+    /// [`Kind::Hold`].
+    Hold,
 }
 
 impl Request {
@@ -400,6 +407,7 @@ impl Request {
             Request::Shutdown => Kind::Shutdown,
             Request::Status => Kind::Status,
             Request::Yield => Kind::Yield,
+            Request::Hold => Kind::Hold,
         }
     }
 
@@ -446,6 +454,7 @@ impl Request {
             Kind::Shutdown => Request::Shutdown,
             Kind::Status => Request::Status,
             Kind::Yield => Request::Yield,
+            Kind::Hold => Request::Hold,
             _ => return Err(Malformed::new("request", format!("{} is no request", kind.words()))),
         };
         fields.end()?;
@@ -458,7 +467,7 @@ impl Request {
 pub enum Answer {
     /// To Track, Throttle, Release, Discard, Shutdown.
     Done,
-    /// To FetchDirty, Pause, Load, Resume, Yield: how long it took.
+    /// To FetchDirty, Pause, Load, Resume, Yield, Hold: how long it took.
     Took {
         /// Microseconds.
         us: u64,
@@ -484,7 +493,10 @@ impl Answer {
             Answer::Machine(machine) => machine.emit(&mut body)?,
             Answer::State(size) => emit_state_size(*size, &mut body),
             Answer::Status(status) => {
-                body.extend([status.state as u8, u8::from(status.tracking), status.throttle_percent, 0, 0, 0, 0, 0]);
+                let flags = [u8::from(status.tracking), status.throttle_percent, u8::from(status.held)];
+                body.push(status.state as u8);
+                body.extend(flags);
+                body.extend([0; 4]);
             }
         }
         fits(kind.words(), &body)?;
@@ -498,7 +510,9 @@ impl Answer {
     pub fn parse(kind: Kind, body: &[u8]) -> Result<Answer, Malformed> {
         let mut fields = Fields::new(kind.words(), body);
         let answer = match kind {
-            Kind::FetchDirty | Kind::Pause | Kind::Load | Kind::Resume | Kind::Yield => Answer::Took { us: fields.u64()? },
+            Kind::FetchDirty | Kind::Pause | Kind::Load | Kind::Resume | Kind::Yield | Kind::Hold => {
+                Answer::Took { us: fields.u64()? }
+            }
             Kind::Describe | Kind::Prepare => Answer::Machine(Box::new(Machine::parse(&mut fields)?)),
             Kind::Save => Answer::State(parse_state_size(&mut fields)?),
             Kind::Status => {
@@ -506,8 +520,9 @@ impl Answer {
                 let state = VmState::from_number(state).ok_or_else(|| fields.wrong(format!("there is no state {state}")))?;
                 let tracking = fields.u8()? != 0;
                 let throttle_percent = fields.u8()?;
-                fields.zeros(5)?;
-                Answer::Status(VmStatus { state, tracking, throttle_percent })
+                let held = fields.u8()? != 0;
+                fields.zeros(4)?;
+                Answer::Status(VmStatus { state, tracking, throttle_percent, held })
             }
             _ => Answer::Done,
         };

@@ -70,6 +70,7 @@ pub fn permit(kind: Kind, state: VmState, tracking: bool) -> Result<(), String> 
         Kind::Release => (state == Paused, "a paused guest, since it must not run on here"),
         Kind::Yield => (state == Paused, "a paused guest, since it goes on without what it gives up"),
         Kind::Discard => (state.is_incoming(), "an incoming VMM whose guest never ran"),
+        Kind::Hold => (state != VmState::Waiting, "a machine that has been built"),
         Kind::Shutdown | Kind::Status => (true, ""),
         Kind::Hello | Kind::Welcome | Kind::Reject | Kind::GuestStopped => (false, "no such request: it is no request"),
     };
@@ -111,6 +112,7 @@ mod tests {
             "Shutdown +++++",
             "Status +++++",
             "Yield -+---",
+            "Hold ++-++",
         ];
         assert_eq!(table, expected);
         let words = permit(Kind::FetchDirty, VmState::Running, false);

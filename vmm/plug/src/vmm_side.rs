@@ -248,6 +248,8 @@ struct Session<'a> {
     state: VmState,
     tracking: bool,
     throttle_percent: u8,
+    /// Whether the guest's operator has paused it. Only this process knows, whatever becomes of agents.
+    held: bool,
     id: VmId,
     name: String,
     dirty: Option<DirtyBitmap>,
@@ -256,7 +258,7 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn new(options: &'a ServeOptions, vmm: &'a mut dyn Vmm) -> Session<'a> {
         let (state, id, name) = (options.state, options.id, options.name.clone());
-        Session { options, vmm, state, tracking: false, throttle_percent: 0, id, name, dirty: None }
+        Session { options, vmm, state, tracking: false, throttle_percent: 0, held: false, id, name, dirty: None }
     }
 
     fn greet(&self) -> io::Result<Greeting> {
@@ -392,7 +394,7 @@ impl<'a> Session<'a> {
             }
             Request::Resume => {
                 self.vmm.resume().map_err(failed)?;
-                self.state = VmState::Running;
+                (self.state, self.held) = (VmState::Running, false);
                 Ok(took())
             }
             Request::Yield => self.vmm.give_up().map_err(failed).map(|()| took()),
@@ -406,8 +408,9 @@ impl<'a> Session<'a> {
             Request::Shutdown => self.vmm.shutdown().map_err(failed).map(|()| last(Ended::Shutdown)),
             Request::Status => {
                 let (state, tracking, throttle_percent) = (self.state, self.tracking, self.throttle_percent);
-                Ok(Answer::Status(VmStatus { state, tracking, throttle_percent }).into())
+                Ok(Answer::Status(VmStatus { state, tracking, throttle_percent, held: self.held }).into())
             }
+            Request::Hold => self.hold().map(|()| took()),
         }
     }
 
@@ -429,6 +432,20 @@ impl<'a> Session<'a> {
         let fd = made.fd().try_clone_to_owned().map_err(|error| failed(format!("dirty bitmap: {error}")));
         self.dirty = Some(made);
         fd
+    }
+
+    /// A guest that runs is paused; one that is loaded is taken over without having run; one that still comes will be held.
+    fn hold(&mut self) -> Result<(), Refusal> {
+        match self.state {
+            VmState::Running => {
+                self.vmm.pause().map_err(failed)?;
+                self.state = VmState::Paused;
+            }
+            VmState::Loaded => self.state = VmState::Paused,
+            VmState::Paused | VmState::Waiting | VmState::Prepared => {}
+        }
+        self.held = true;
+        Ok(())
     }
 
     fn track(&mut self, on: bool) -> Result<(), Refusal> {

@@ -183,6 +183,7 @@ fn requests() -> Vec<(Request, u16, String)> {
         (Request::Shutdown, 0x1b, none()),
         (Request::Status, 0x1c, none()),
         (Request::Yield, 0x1d, none()),
+        (Request::Hold, 0x1e, none()),
     ]
 }
 
@@ -203,14 +204,15 @@ fn answers() -> Vec<(Answer, Kind, String)> {
     let machine_bytes = || format!("{DESCRIPTION}00000000000000000000200000000000");
     let took = || Answer::Took { us: 0x0102 };
     let took_bytes = || "0201000000000000".to_owned();
-    let status = VmStatus { state: VmState::Loaded, tracking: true, throttle_percent: 30 };
+    let status = VmStatus { state: VmState::Loaded, tracking: true, throttle_percent: 30, held: true };
     let mut all = vec![
         (machine(), Kind::Describe, machine_bytes()),
         (machine(), Kind::Prepare, machine_bytes()),
         (Answer::State(StateSize { count: 1, bytes: 20 }), Kind::Save, "01000000000000001400000000000000".to_owned()),
-        (Answer::Status(status), Kind::Status, "05011e0000000000".to_owned()),
+        (Answer::Status(status), Kind::Status, "05011e0100000000".to_owned()),
     ];
-    all.extend([Kind::FetchDirty, Kind::Pause, Kind::Load, Kind::Resume, Kind::Yield].map(|kind| (took(), kind, took_bytes())));
+    let timed = [Kind::FetchDirty, Kind::Pause, Kind::Load, Kind::Resume, Kind::Yield, Kind::Hold];
+    all.extend(timed.map(|kind| (took(), kind, took_bytes())));
     let done = [Kind::Track, Kind::Throttle, Kind::Release, Kind::Discard, Kind::Shutdown];
     all.extend(done.map(|kind| (Answer::Done, kind, String::new())));
     all

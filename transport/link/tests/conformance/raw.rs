@@ -157,7 +157,7 @@ impl RawSource {
     pub fn say_records(&self, records: Vec<Record>, last_round: u32) {
         let (count, bytes) = (records.len() as u32, records.iter().map(|record| record.bytes.len() as u64).sum());
         records.into_iter().for_each(|record| self.say(Message::Record(record)));
-        self.say(Message::RecordsEnd { count, bytes, last_round });
+        self.say(Message::RecordsEnd { count, bytes, last_round, paused: false });
     }
 }
 

@@ -213,6 +213,9 @@ pub struct DestinationSaw {
     pub memory: Arc<Mutex<Option<Arc<ToyMemory>>>>,
     pub at_resume: Arc<Mutex<Option<Vec<u8>>>>,
     pub running: Arc<AtomicBool>,
+    pub loaded: Arc<AtomicBool>,
+    /// What `hold` was called for.
+    pub held: Arc<Mutex<Vec<&'static str>>>,
     pub discarded: Arc<AtomicU64>,
     pub announced: Arc<AtomicU64>,
     pub faults: Faults,
@@ -236,6 +239,7 @@ impl DestinationHost for ToyDestination {
     fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
         self.0.faults.at(Call::Load)?;
         assert!(records.len() == 3 && records.iter().all(|record| record.bytes == STATE), "{records:?}");
+        self.0.loaded.store(true, Ordering::SeqCst);
         Ok(())
     }
     fn resume(&mut self) -> Result<(), HostError> {
@@ -244,7 +248,18 @@ impl DestinationHost for ToyDestination {
         self.0.running.store(true, Ordering::SeqCst);
         Ok(())
     }
+    fn hold(&mut self) -> Result<(), HostError> {
+        let loaded = self.0.loaded.load(Ordering::SeqCst);
+        if loaded {
+            *self.0.at_resume.lock().unwrap() = Some(self.0.memory.lock().unwrap().as_ref().unwrap().snapshot());
+        }
+        self.0.held.lock().unwrap().push(if loaded { "taken" } else { "told" });
+        Ok(())
+    }
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
+        if !self.0.held.lock().unwrap().is_empty() {
+            return Ok(vec![]);
+        }
         assert!(self.0.running.load(Ordering::SeqCst), "announced before it ran");
         self.0.announced.fetch_add(1, Ordering::SeqCst);
         Ok(vec!["toy: 1 frame".into()])
@@ -365,6 +380,8 @@ impl Toy {
             memory: Arc::default(),
             at_resume: Arc::default(),
             running: Arc::default(),
+            loaded: Arc::default(),
+            held: Arc::default(),
             discarded: Arc::default(),
             announced: Arc::default(),
             faults: Faults::default(),

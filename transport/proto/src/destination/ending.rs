@@ -67,7 +67,7 @@ pub(super) fn ready(core: &mut Core, event: DestinationEvent) -> State {
     match event {
         // A source asks like this only after `released` is durable, which is all that Commit says.
         DestinationEvent::Message(Message::Commit | Message::VerdictAsk { released: true }) => {
-            core.act(DestinationAction::Resume);
+            take(core);
             let until = core.now.after(core.config.deadlines.finish);
             core.deadline = Some(until);
             State::Resuming(Resuming { since: core.now, until, words: String::new() })
@@ -75,6 +75,11 @@ pub(super) fn ready(core: &mut Core, event: DestinationEvent) -> State {
         // A lost link changes nothing: the deadline that began with Ready goes on.
         _ => State::Ready,
     }
+}
+
+/// The guest is this host's: it runs, or stands still if that is what its operator wants.
+fn take(core: &mut Core) {
+    core.act(if core.paused { DestinationAction::Hold } else { DestinationAction::Resume });
 }
 
 impl Resuming {
@@ -89,7 +94,7 @@ impl Resuming {
             DestinationEvent::HostFailed { task, words } => core.warn(format!("{task} failed: {words}")),
             DestinationEvent::Timer if core.now >= self.until => return self.stuck(core),
             DestinationEvent::Timer => {
-                core.act(DestinationAction::Resume);
+                take(core);
                 core.deadline = Some(self.until);
             }
             _ => {}

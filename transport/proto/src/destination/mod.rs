@@ -58,6 +58,8 @@ struct Core {
     vm: VmId,
     /// Bytes of its memory.
     memory_bytes: u64,
+    /// Whether the guest stands still and is to do so here.
+    paused: bool,
     /// Whether a VMM was asked for, so that there is something to throw away.
     prepared: bool,
     /// Whether the source asked for a verdict: then that is what it is told, and nothing else.
@@ -91,6 +93,7 @@ impl Destination {
             deadline: None,
             vm: VmId([0; 16]),
             memory_bytes: 0,
+            paused: false,
             prepared: false,
             asked: false,
             report: DestinationReport::default(),

@@ -143,7 +143,10 @@ impl Receiving {
                 self.arrived(round)
             }
             DestinationEvent::Message(Message::Record(record)) => self.record(record),
-            DestinationEvent::Message(Message::RecordsEnd { count, bytes, last_round }) => self.end(count, bytes, last_round),
+            DestinationEvent::Message(Message::RecordsEnd { count, bytes, last_round, paused }) => {
+                core.paused = paused;
+                self.end(count, bytes, last_round)
+            }
             _ => Ok(()),
         };
         if let Err(words) = taken {
@@ -155,7 +158,7 @@ impl Receiving {
         if self.last != Some(self.rounds) {
             return State::Receiving(self);
         }
-        core.act(DestinationAction::Load(self.records));
+        core.act(DestinationAction::Load { records: self.records, paused: core.paused });
         core.patience(core.config.deadlines.host);
         State::Loading(Loading { since: core.now })
     }

@@ -1,6 +1,6 @@
 //! The source's ways to end: aborted, committed, in doubt, given back.
 
-use super::{Core, HostTask, Side, SourceAction, SourceEvent, SourceOutcome, State};
+use super::{Core, Course, HostTask, Side, SourceAction, SourceEvent, SourceOutcome, State};
 use crate::commit::JournalRecordKind;
 use crate::state::SourceState;
 use crate::time::Instant;
@@ -44,7 +44,7 @@ pub(super) struct Committed {
 /// Gives up before the commit point, coming from `state`.
 pub(super) fn abort(core: &mut Core, state: &SourceState, code: Code, words: &str, by: Side) -> State {
     let words = fit(words, WORDS_BYTES_MAX);
-    let resuming = state.is_stopped() && !core.guest_ended;
+    let resuming = state.is_stopped() && !core.guest_ended && core.config.course != Course::Paused;
     if resuming {
         core.act(SourceAction::Resume);
     }
@@ -180,11 +180,11 @@ fn give_back(core: &mut Core, words: String) -> State {
 impl GivingBack {
     pub(super) fn on(mut self, core: &mut Core, event: SourceEvent) -> State {
         match event {
-            SourceEvent::Journaled(_) => self.resume(core),
+            SourceEvent::Journaled(_) => return self.back(core),
             // The destination's word is durable and enough: after a restart it would be asked and say it again.
             SourceEvent::HostFailed { task: HostTask::Journal(JournalRecordKind::Aborted), words } => {
                 core.warn(format!("writing the abort into the journal failed: {words}"));
-                self.resume(core);
+                return self.back(core);
             }
             SourceEvent::HostFailed { task: HostTask::Resume, words } => {
                 core.warn(format!("resuming the guest failed: {words}"));
@@ -196,10 +196,19 @@ impl GivingBack {
                 // The journal does not answer, or resuming failed: it is tried until `until`, and then once more.
                 self.until = self.until.max(core.now.after(core.config.deadlines.retry));
                 self.resuming = false;
-                self.resume(core);
+                return self.back(core);
             }
             _ => {}
         }
+        State::GivingBack(self)
+    }
+
+    /// The guest is this host's again: it runs on, or stands still as its operator left it.
+    fn back(mut self, core: &mut Core) -> State {
+        if core.config.course == Course::Paused {
+            return self.end(core, true);
+        }
+        self.resume(core);
         State::GivingBack(self)
     }
 

@@ -1,7 +1,7 @@
 //! The source from the order to stop the guest until the destination says that it runs.
 //! Everything here is inside the downtime.
 
-use super::{Core, HostTask, Side, SourceAction, SourceEvent, State, ending};
+use super::{Core, Course, Deadlines, HostTask, Side, SourceAction, SourceEvent, State, ending};
 use crate::bitmap::PageSet;
 use crate::commit::JournalRecordKind;
 use crate::progress::DowntimeParts;
@@ -56,6 +56,13 @@ pub(super) fn stop(core: &mut Core, round: u32, owed: PageSet) -> State {
     State::Stopping(Stopping { round, owed, pause: core.now })
 }
 
+/// The guest stands still already: all of its memory is owed.
+pub(super) fn stands_still(core: &mut Core, owed: PageSet) -> State {
+    core.act(SourceAction::Save);
+    core.patience(core.config.deadlines.stopped);
+    State::Saving(Saving { round: 0, owed, pause: core.now, paused: core.now, saved: None })
+}
+
 impl Stopping {
     /// It stands still.
     pub(super) fn on(self, core: &mut Core) -> State {
@@ -82,6 +89,11 @@ fn check_records(records: &[Record]) -> Result<u64, String> {
 impl Saving {
     pub(super) fn on(self, core: &mut Core, event: SourceEvent) -> State {
         match (event, self.saved) {
+            // Everything is sent after the save, so what it wrote is among it.
+            (SourceEvent::Saved(records), None) if core.is_whole() => {
+                let Saving { round, owed, pause, paused, .. } = self;
+                Handover::new(round, pause, paused, core.now).begin(core, owed, records)
+            }
             (SourceEvent::Saved(records), None) => {
                 core.act(SourceAction::FetchDirty);
                 State::Saving(Saving { saved: Some((core.now, records)), ..self })
@@ -89,9 +101,7 @@ impl Saving {
             (SourceEvent::Dirty(dirty), Some((saved, records))) => {
                 let Saving { round, mut owed, pause, paused, .. } = self;
                 owed.union(&dirty);
-                let (ready, times) = (saved, ReadyTimes::default());
-                let handover = Handover { round: round.saturating_add(1), pause, paused, saved, ready, times };
-                handover.begin(core, owed, records)
+                Handover::new(round, pause, paused, saved).begin(core, owed, records)
             }
             (_, saved) => {
                 let words = "dirty pages or device state came that were not asked for".to_owned();
@@ -102,18 +112,28 @@ impl Saving {
 }
 
 impl Handover {
+    /// What comes after round `round`.
+    fn new(round: u32, pause: Instant, paused: Instant, saved: Instant) -> Handover {
+        Handover { round: round.saturating_add(1), pause, paused, saved, ready: saved, times: ReadyTimes::default() }
+    }
+
     /// The last pages on the lanes and the state on the control channel, side by side.
     fn begin(self, core: &mut Core, owed: PageSet, records: Vec<Record>) -> State {
         let bytes = match check_records(&records) {
             Ok(bytes) => bytes,
             Err(words) => return State::LastRound(self).fail(core, Code::VmmFailed, words, Side::Source),
         };
+        if core.is_whole() {
+            // All of the memory takes its time: as in pre-copy, only a round that does not move is given up.
+            core.patience(core.round_patience(owed.count()));
+        }
         core.send_round(self.round, owed, true);
         let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
         for record in records {
             core.send(Message::Record(record));
         }
-        core.send(Message::RecordsEnd { count, bytes, last_round: self.round });
+        let paused = core.config.course == Course::Paused;
+        core.send(Message::RecordsEnd { count, bytes, last_round: self.round, paused });
         State::LastRound(self)
     }
 
@@ -126,6 +146,10 @@ impl Handover {
             SourceEvent::PagesSent(sent) => {
                 core.record_round(sent, core.now.since(core.round_since), 0);
                 core.progress.pages_remaining = 0;
+                if core.is_whole() {
+                    let Deadlines { stall, stopped, .. } = core.config.deadlines;
+                    core.patience(stall.saturating_add(stopped));
+                }
                 State::Finalizing(self)
             }
             other => self.waiting(core, other, State::LastRound),
@@ -163,7 +187,8 @@ impl Handover {
     pub(super) fn on_committing(self, core: &mut Core, event: SourceEvent) -> State {
         match event {
             SourceEvent::Message(Message::Running(times)) => {
-                core.progress.downtime = Some(self.parts(core.now, times));
+                // A guest that stood still before and does so after has had no downtime.
+                core.progress.downtime = (core.config.course != Course::Paused).then(|| self.parts(core.now, times));
                 ending::committed(core, true)
             }
             SourceEvent::Message(Message::Abort { code, words }) => {

@@ -6,7 +6,7 @@ mod ending;
 mod handover;
 mod rounds;
 
-pub use crate::event::{Deadlines, HostTask, RoundSent, Side, SourceAction, SourceConfig, SourceEvent, SourceOutcome};
+pub use crate::event::{Course, Deadlines, HostTask, RoundSent, Side, SourceAction, SourceConfig, SourceEvent, SourceOutcome};
 
 use crate::bitmap::PageSet;
 use crate::commit::{JournalRecord, JournalRecordKind};
@@ -211,11 +211,12 @@ impl Core {
         let (interval, silence) = (config.keepalive, config.peer_silence_max);
         check_setting(!interval.is_zero(), "keepalive", 0, "more than zero")?;
         check_setting(silence > interval, "peer_silence_max", format!("{silence:?}"), "longer than keepalive")?;
+        let progress = Progress { course: config.course, ..Progress::new(config.vm.memory.bytes()) };
         Ok(Core {
             now,
             started: now,
             actions: VecDeque::new(),
-            progress: Progress::new(config.vm.memory.bytes()),
+            progress,
             keepalive: Keepalive::new(now, interval, silence),
             deadline: None,
             tracking: false,

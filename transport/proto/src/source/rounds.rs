@@ -1,6 +1,6 @@
 //! The source from its first word until the guest is to be stopped: preamble, lanes, rounds.
 
-use super::{Core, RoundSent, Side, SourceAction, SourceEvent, State, check_setting, ending, handover};
+use super::{Core, Course, RoundSent, Side, SourceAction, SourceEvent, State, check_setting, ending, handover};
 use crate::bitmap::PageSet;
 use crate::memory::PAGE_BYTES;
 use crate::precopy::Decision;
@@ -111,7 +111,20 @@ impl Granted {
     }
 }
 
+/// Where nothing goes ahead of the pause, everything is owed after it, and no write has to be noted.
 pub(super) fn lanes_open(core: &mut Core) -> State {
+    let all = || PageSet::full(&core.config.vm.memory);
+    match core.config.course {
+        Course::Precopy => {}
+        Course::Quick => {
+            let all = all();
+            return handover::stop(core, 0, all);
+        }
+        Course::Paused => {
+            let all = all();
+            return handover::stands_still(core, all);
+        }
+    }
     core.tracking = true;
     core.act(SourceAction::StartTracking);
     core.patience(core.config.deadlines.host);
@@ -218,6 +231,11 @@ impl Rounds {
 }
 
 impl Core {
+    /// Whether the last round is the only one, and carries everything.
+    pub(super) fn is_whole(&self) -> bool {
+        self.config.course != Course::Precopy
+    }
+
     /// How long a round of so many pages may take if its progress is not told.
     pub(super) fn round_patience(&self, pages: u64) -> Duration {
         let slow = Duration::from_secs(pages.saturating_mul(PAGE_BYTES) >> 20);
@@ -227,10 +245,12 @@ impl Core {
     pub(super) fn moving(&mut self, sent: RoundSent) {
         let gone = sent.pages.saturating_add(sent.zero_pages);
         let remaining = self.progress.round_pages.saturating_sub(gone);
-        if remaining < self.progress.pages_remaining
-            && self.deadline.is_some()
-            && self.progress.state == super::SourceState::Precopy
-        {
+        let long = match self.progress.state {
+            super::SourceState::Precopy => true,
+            super::SourceState::LastRound => self.is_whole(),
+            _ => false,
+        };
+        if remaining < self.progress.pages_remaining && self.deadline.is_some() && long {
             self.patience(self.config.deadlines.stall);
         }
         self.progress.pages_remaining = remaining.min(self.progress.pages_remaining);

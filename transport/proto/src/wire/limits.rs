@@ -95,7 +95,7 @@ pub(crate) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MAX: us
 }
 
 /// Decodes text of at most `MAX` bytes.
-pub(super) fn text<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Result<String, D::Error> {
+pub(crate) fn text<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Result<String, D::Error> {
     struct Text<const MAX: usize>;
     impl<const MAX: usize> Visitor<'_> for Text<MAX> {
         type Value = String;

@@ -275,6 +275,8 @@ pub enum Message {
         bytes: u64,
         /// The number of the last round: with it and the records, everything is there.
         last_round: u32,
+        /// Whether the guest stands still because its operator wants it, and is to do so at the destination.
+        paused: bool,
     },
     /// Destination: everything is loaded and `ready` is durable.
     Ready(ReadyTimes),
@@ -346,6 +348,7 @@ mod body {
         pub(super) count: u32,
         pub(super) bytes: u64,
         pub(super) last_round: u32,
+        pub(super) paused: bool,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -500,8 +503,8 @@ impl Message {
             5 => Message::RoundDone { round: decode(what, body)? },
             6 => Message::Record(decode::<body::Whole>(what, body)?.0),
             7 => {
-                let body::End { count, bytes, last_round } = decode(what, body)?;
-                Message::RecordsEnd { count, bytes, last_round }
+                let body::End { count, bytes, last_round, paused } = decode(what, body)?;
+                Message::RecordsEnd { count, bytes, last_round, paused }
             }
             8 => Message::Ready(decode(what, body)?),
             9 => decode(what, body).map(|()| Message::Commit)?,
@@ -542,8 +545,8 @@ impl Message {
             Message::Prepared { populated_ms } => encode(what, populated_ms)?,
             Message::RoundDone { round } => encode(what, round)?,
             Message::Record(body) => encode(what, &body::Whole(body.clone()))?,
-            Message::RecordsEnd { count, bytes, last_round } => {
-                encode(what, &body::End { count: *count, bytes: *bytes, last_round: *last_round })?
+            Message::RecordsEnd { count, bytes, last_round, paused } => {
+                encode(what, &body::End { count: *count, bytes: *bytes, last_round: *last_round, paused: *paused })?
             }
             Message::Ready(body) => encode(what, body)?,
             Message::Commit | Message::LinksAsk | Message::CpuAsk => Vec::new(),

@@ -10,7 +10,7 @@ use limosa_proto::destination::{
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
 use limosa_proto::memory::{Gpa, MemoryMap, PageRange, Region};
 use limosa_proto::record::Record;
-use limosa_proto::source::{RoundSent, Source, SourceAction, SourceConfig, SourceEvent, SourceOutcome};
+use limosa_proto::source::{Course, RoundSent, Source, SourceAction, SourceConfig, SourceEvent, SourceOutcome};
 use limosa_proto::time::Instant;
 use limosa_proto::wire::frame::LaneToken;
 use limosa_proto::wire::message::{Message, NicDescription, Reached, Refusal, VmDescription};
@@ -64,6 +64,7 @@ pub(crate) struct World {
     pub(crate) config: SourceConfig,
     pub(crate) destination_config: DestinationConfig,
     pub(crate) journals: [Vec<JournalRecord>; 2],
+    /// Who may run the guest; of one that its operator has paused: whose it is.
     pub(crate) running: [bool; 2],
     memory: Vec<u64>,
     incoming: Option<Vec<u64>>,
@@ -73,6 +74,8 @@ pub(crate) struct World {
     /// Pages among which the guest writes.
     pub(crate) working_set: u64,
     pub(crate) pages_per_ms: u64,
+    /// How many times as long a round takes.
+    pub(crate) page_factor: u32,
     written: u64,
     rest: u64,
     random: u64,
@@ -155,6 +158,7 @@ impl World {
             writes_per_ms: 20,
             working_set: 300,
             pages_per_ms: 50,
+            page_factor: 1,
             written: 0,
             rest: 0,
             random: 0x9E37_79B9_7F4A_7C15,
@@ -259,7 +263,7 @@ impl World {
         let time = time.max(self.now);
         let ns = u64::try_from(time.since(self.now).as_nanos()).unwrap();
         self.now = time;
-        if !self.running[0] {
+        if !self.running[0] || self.stands_still() {
             return;
         }
         self.rest += ns.min(1_000_000_000) * self.writes_per_ms;
@@ -272,6 +276,11 @@ impl World {
             // The working set lies in the second region, which begins at 128.
             self.write(128 + self.random % self.working_set);
         }
+    }
+
+    /// Whether the guest's operator has paused it.
+    fn stands_still(&self) -> bool {
+        self.config.course == Course::Paused
     }
 
     fn write(&mut self, page: u64) {
@@ -335,7 +344,9 @@ impl World {
             Item::Destination(DestinationAction::Journal(record)) if side == Side::Destination => Some(record.clone()),
             _ => None,
         });
-        self.journals[index(side)].extend(record.filter(|_| durable));
+        if let Some(record) = record.filter(|_| durable) {
+            self.note(side, record);
+        }
         self.queue.retain(|_, item| match item {
             Item::ToSource(_) | Item::Source(..) => side != Side::Source,
             Item::ToDestination(_) | Item::Destination(..) => side != Side::Destination,
@@ -350,6 +361,14 @@ impl World {
         self.after(LATENCY, Item::Closed(other(side), connection));
         self.open = [false; 2];
         self.after(Duration::from_secs(5), Item::Restart(side));
+    }
+
+    /// A record is durable. What nobody resumes is given away by the record alone.
+    fn note(&mut self, side: Side, record: JournalRecord) {
+        if record.kind == JournalRecordKind::Released && self.stands_still() {
+            self.running[0] = false;
+        }
+        self.journals[index(side)].push(record);
     }
 
     /// What an agent does when it comes back: asks its journal.
@@ -449,7 +468,12 @@ impl World {
         match action {
             SourceAction::Send(message) => self.send(Side::Source, message),
             SourceAction::CloseLink => self.close(Side::Source),
-            SourceAction::Done(outcome) => self.outcome = Some(outcome),
+            SourceAction::Done(outcome) => {
+                if self.stands_still() && matches!(outcome, SourceOutcome::Aborted { .. }) {
+                    self.start_here();
+                }
+                self.outcome = Some(outcome);
+            }
             SourceAction::OpenLanes { token, .. } => {
                 assert_eq!(token, LaneToken([9; 32]));
                 self.after(LATENCY * 2, Item::ToDestination(DestinationEvent::LanesJoined));
@@ -479,7 +503,7 @@ impl World {
             .collect();
         let count = values.len() as u64;
         let sent = RoundSent { round, pages: count, zero_pages: 0, bytes_on_wire: count * 4096 };
-        let took = Duration::from_nanos(count * 1_000_000 / self.pages_per_ms);
+        let took = Duration::from_nanos(count * 1_000_000 / self.pages_per_ms) * self.page_factor;
         self.after(took, Item::ToSource(SourceEvent::PagesSent(sent)));
         self.after(took + LATENCY, Item::Round { round, pages: values, sent });
     }
@@ -606,13 +630,19 @@ impl World {
 
     fn effect_source(&mut self, action: &SourceAction) {
         match action {
+            SourceAction::StartTracking | SourceAction::FetchDirty | SourceAction::StopTracking
+                if self.config.course != Course::Precopy =>
+            {
+                panic!("tracking without rounds: {self:?}")
+            }
+            SourceAction::Pause | SourceAction::Resume if self.stands_still() => panic!("its operator's: {self:?}"),
             SourceAction::StartTracking => {
                 self.tracking = true;
                 self.dirty = PageSet::empty(&map());
             }
             SourceAction::StopTracking => self.tracking = false,
             SourceAction::Pause => self.running[0] = false,
-            SourceAction::Journal(record) => self.journals[0].push(record.clone()),
+            SourceAction::Journal(record) => self.note(Side::Source, record.clone()),
             SourceAction::Resume => self.start_here(),
             SourceAction::Release => assert!(!self.running[0], "released while it runs: {self:?}"),
             _ => {}
@@ -627,9 +657,9 @@ impl World {
         let task = match &action {
             DestinationAction::Check(_) => HostTask::Check,
             DestinationAction::Prepare { .. } => HostTask::Prepare,
-            DestinationAction::Load(_) => HostTask::Load,
+            DestinationAction::Load { .. } => HostTask::Load,
             DestinationAction::Journal(record) => HostTask::Journal(record.kind),
-            DestinationAction::Resume => HostTask::Resume,
+            DestinationAction::Resume | DestinationAction::Hold => HostTask::Resume,
             DestinationAction::Announce => HostTask::Announce,
             _ => HostTask::Discard,
         };
@@ -643,12 +673,12 @@ impl World {
                 self.refusal.clone().map_or(DestinationEvent::Admitted, DestinationEvent::Refuse)
             }
             DestinationAction::Prepare { .. } => DestinationEvent::Prepared { populated_ms: 1 },
-            DestinationAction::Load(records) => {
-                assert_eq!(records.len(), 2);
+            DestinationAction::Load { records, paused } => {
+                assert_eq!((records.len(), paused), (2, self.stands_still()));
                 DestinationEvent::Loaded
             }
             DestinationAction::Journal(record) => DestinationEvent::Journaled(record.kind),
-            DestinationAction::Resume => DestinationEvent::Resumed,
+            DestinationAction::Resume | DestinationAction::Hold => DestinationEvent::Resumed,
             DestinationAction::Announce => {
                 let reached = Reached { after_us: Some(700), words: "ARP probe".to_owned() };
                 DestinationEvent::Announced { announcements: vec!["arp on lan".to_owned()], cpu_us: 5, reached }
@@ -661,7 +691,8 @@ impl World {
         match action {
             DestinationAction::Prepare { .. } => self.incoming = Some(vec![0; self.memory.len()]),
             DestinationAction::Journal(record) => self.journals[1].push(record.clone()),
-            DestinationAction::Resume => {
+            DestinationAction::Resume | DestinationAction::Hold => {
+                assert_eq!(*action == DestinationAction::Hold, self.stands_still());
                 assert!(!self.discarded, "resumed after it was discarded: {self:?}");
                 assert!(!self.running[0], "resumed while it runs at the source: {self:?}");
                 let incoming = self.incoming.as_ref().unwrap();

@@ -28,6 +28,8 @@ fn direction(job: &JobInfo) -> &'static str {
     match job.direction {
         Direction::Outgoing => "outgoing",
         Direction::Incoming => "incoming",
+        Direction::Saving => "saving",
+        Direction::Restoring => "restoring",
     }
 }
 

@@ -37,7 +37,8 @@ fn show(context: &Context, job: &JobInfo) -> u8 {
         output::json(&flat(job));
     } else {
         if job.state == JobState::Done {
-            output::line(format!("{} runs on {}", job.vm, job.peer));
+            let paused = job.report.as_ref().is_some_and(|report| report.paused);
+            output::line(format!("{} {} {}", job.vm, if paused { "is paused on" } else { "runs on" }, job.peer));
         }
         let rows: Vec<_> = job.report.iter().flat_map(output::report_rows).map(|(name, value)| vec![name, value]).collect();
         if job.state == JobState::Done {

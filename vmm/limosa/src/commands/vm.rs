@@ -1,9 +1,9 @@
-//! `limosa vm start|list|show|stop`: guests on this host.
+//! `limosa vm start|list|show|stop|pause|resume|save|restore`: guests on this host.
 
 use super::{Context, Ended, absolute, strange};
 use crate::args::VmCommand;
 use crate::output;
-use limosa_agent::api::{Answer, Request, VmInfo, exit};
+use limosa_agent::api::{Answer, Direction, JobInfo, JobState, Request, VmInfo, exit};
 
 pub(crate) fn run(context: &Context, command: VmCommand) -> Ended {
     let request = match command {
@@ -12,6 +12,14 @@ pub(crate) fn run(context: &Context, command: VmCommand) -> Ended {
         VmCommand::Show { vm } => Request::VmShow { vm },
         VmCommand::Console { vm } => return super::console::run(context, vm),
         VmCommand::Stop { vm } => return context.ask_done(&Request::VmStop { vm }),
+        VmCommand::Pause { vm } => return context.ask_done(&Request::VmPause { vm }),
+        VmCommand::Resume { vm } => return context.ask_done(&Request::VmResume { vm }),
+        VmCommand::Save { vm, to, keep_running, .. } => {
+            return snapshot(context, &Request::VmSave { vm, file: absolute(&to)?, keep_running });
+        }
+        VmCommand::Restore { file, paused, .. } => {
+            return snapshot(context, &Request::VmRestore { file: absolute(&file)?, paused });
+        }
     };
     match context.ask(&request)? {
         Answer::Vm(vm) if context.json => output::json(&vm),
@@ -21,6 +29,50 @@ pub(crate) fn run(context: &Context, command: VmCommand) -> Ended {
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)
+}
+
+/// Saves or restores, and shows how it goes.
+fn snapshot(context: &Context, request: &Request) -> Ended {
+    let mut progress = output::Progress::new(context.json);
+    let answer = context.ask_with(request, |job| progress.show(job));
+    progress.done();
+    let job = match answer? {
+        Answer::Job(job) => job,
+        other => return Err(strange(&other)),
+    };
+    if context.json {
+        output::json(&flat(&job));
+    } else if let Some(snapshot) = &job.snapshot {
+        let (vm, file, size) = (&job.vm, &job.peer, output::bytes(snapshot.file_bytes));
+        let place = if job.direction == Direction::Saving { "is saved in" } else { "is restored from" };
+        let (guest, seconds) = (&snapshot.guest, snapshot.total_ms / 1000.0);
+        output::line(format!("{vm} {place} {file} ({size}, {} pages, {seconds:.1} s); here: {guest}", snapshot.pages));
+    }
+    if job.state != JobState::Done {
+        output::note(format!("limosa: {}: {}", job.vm, output::ending(&job)));
+    }
+    Ok(job.state.exit())
+}
+
+/// What was written or read with the job's own fields beside it, as machines get it.
+fn flat(job: &JobInfo) -> serde_json::Value {
+    let mut value = serde_json::to_value(&job.snapshot).unwrap_or_default();
+    if !value.is_object() {
+        value = serde_json::json!({});
+    }
+    if let Some(object) = value.as_object_mut() {
+        object.insert("ok".into(), (job.state == JobState::Done).into());
+        object.insert("job".into(), job.id.into());
+        object.insert("vm".into(), job.vm.clone().into());
+        object.insert("file".into(), job.peer.clone().into());
+        object.insert("state".into(), serde_json::to_value(job.state).unwrap_or_default());
+        object.insert("exit".into(), job.state.exit().into());
+        if job.state != JobState::Done {
+            object.insert("words".into(), job.words.clone().into());
+            object.insert("code".into(), job.code.clone().into());
+        }
+    }
+    value
 }
 
 fn show(vm: &VmInfo) {
