@@ -1,8 +1,8 @@
 //! The CPU that this host's KVM can give to guests, in raw numbers, and the CPUID that a saved vCPU had. What a guest gets of it,
 //! and how CPUs compare, is decided by who builds the machine.
 
-use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_msr_entry};
-use kvm_ioctls::Kvm;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::cpu;
 use crate::kvm::{self, Capabilities, KvmError};
@@ -15,7 +15,8 @@ const FEATURE_MSRS: [u32; 1] = [0x10a];
 /// What KVM can give to guests here.
 #[derive(Clone, Debug)]
 pub struct HostCpu {
-    /// CPUID as the only vCPU of a machine sees it: what KVM supports, with what it makes by itself.
+    /// CPUID as the only vCPU of a machine sees it that was given all of it. It may be more than KVM says that it supports: where
+    /// guests run without hardware virtualisation (PVM), KVM shows them what the CPU has, whatever it was told.
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// Feature MSRs with the values that a new vCPU has.
     pub msrs: Vec<(u32, u64)>,
@@ -41,13 +42,22 @@ pub fn host_cpu() -> Result<HostCpu, KvmError> {
     let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
     let offered = cpu::offered_cpuid(&kvm::supported_cpuid_of(&kvm)?, &caps);
     Ok(HostCpu {
-        cpuid: cpu::guest_cpuid(&offered, 0, 1),
+        cpuid: shown(&vcpu, &cpu::guest_cpuid(&offered, 0, 1))?,
         msrs: feature_msrs(&kvm),
         tsc_khz: if caps.tsc_khz { vcpu.get_tsc_khz().unwrap_or(0) } else { 0 },
         tsc_scaling: caps.tsc_control,
         vcpus_max: caps.vcpus_max,
         vcpus_recommended: u32::try_from(kvm.get_nr_vcpus()).unwrap_or(u32::MAX),
     })
+}
+
+/// What a vCPU shows that was given `cpuid`.
+fn shown(vcpu: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    let failed = |what| move |source| KvmError::Ioctl { what, source };
+    let too_many = |_| KvmError::Ioctl { what: "arranging CPUID", source: kvm_ioctls::Error::new(libc::E2BIG) };
+    vcpu.set_cpuid2(&CpuId::from_entries(cpuid).map_err(too_many)?).map_err(failed("KVM_SET_CPUID2"))?;
+    let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
+    Ok(shown.as_slice().to_vec())
 }
 
 /// The feature MSRs that this KVM knows; one that it cannot read is left out.
