@@ -143,7 +143,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     let failed = |words: String| ApiError::refused("vmm-failed", words);
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
-    let description = described.description.clone();
+    let description = claim.vm().with_learned(described.description.clone());
     let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
     Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)) })
 }
