@@ -38,7 +38,7 @@ pub struct HostOffer {
     pub networks: Vec<NetworkOffer>,
     /// Names of guests that are there.
     pub names_taken: Vec<String>,
-    /// MAC addresses that are taken there.
+    /// MAC addresses that are taken there; of several holders of one the first is named.
     pub macs_taken: Vec<MacHolder>,
     /// Identities of guests that are there.
     pub ids_taken: Vec<crate::identity::VmId>,
@@ -192,7 +192,7 @@ fn check_mtu(nic: &NicDescription, offer: &NetworkOffer, place: &str, add: &mut 
 
 /// Two holders of one MAC on one network take each other's frames.
 fn check_mac(nic: &NicDescription, host: &HostOffer, place: &str, add: &mut impl FnMut(&str, String)) {
-    for holder in host.macs_taken.iter().filter(|holder| holder.mac == nic.mac) {
+    if let Some(holder) = host.macs_taken.iter().find(|holder| holder.mac == nic.mac) {
         let mac = nic.mac.map(|byte| format!("{byte:02x}")).join(":");
         let who = fit(&holder.who, 200);
         add(

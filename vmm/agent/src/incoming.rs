@@ -186,8 +186,8 @@ fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
 /// What this host has to offer to a guest.
 pub(crate) fn offer(agent: &Agent) -> HostOffer {
     let (names_taken, ids_taken) = agent.vms.taken();
-    let mut macs_taken = networks::mac_holders();
-    macs_taken.extend(agent.vms.macs_taken(""));
+    let mut macs_taken = agent.vms.macs_taken("");
+    macs_taken.extend(networks::mac_holders());
     let huge = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
     let huge_free = huge.trim().parse::<u64>().unwrap_or(0) > 0;
     HostOffer {

@@ -151,9 +151,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     let failed = |words: String| ApiError::refused("vmm-failed", words);
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
-    claim.vm().set_description(described.description.clone());
-    // With the addresses that were learned here.
-    let mut description = claim.vm().description().unwrap_or_else(|| described.description.clone());
+    let mut description = claim.vm().with_learned(described.description.clone());
     let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
     let marked = disks::mark(&agent.config.state_dir, &mut description);
     let marks = marked.map_err(|words| ApiError::refused("disk", words))?;

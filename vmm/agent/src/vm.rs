@@ -156,13 +156,12 @@ impl Vm {
     /// The guest as its VMM describes it, and behind the addresses of each NIC those that were learned.
     pub(crate) fn description(&self) -> Option<VmDescription> {
         let inner = self.lock();
-        let mut description = inner.description.clone()?;
-        for (nic, learned) in description.nics.iter_mut().zip(&inner.learned) {
-            let more: Vec<IpAddr> = learned.addresses().into_iter().filter(|address| !nic.addresses.contains(address)).collect();
-            nic.addresses.extend(more);
-            nic.addresses.truncate(ADDRESSES_MAX);
-        }
-        Some(description)
+        inner.description.clone().map(|description| with_learned(description, &inner.learned))
+    }
+
+    /// A description that the VMM has just given, likewise.
+    pub(crate) fn with_learned(&self, description: VmDescription) -> VmDescription {
+        with_learned(description, &self.lock().learned)
     }
 
     /// Whether its addresses are being learned.
@@ -271,6 +270,15 @@ fn nic_words(nic: &NicDescription) -> String {
     let addresses: Vec<String> = nic.addresses.iter().map(ToString::to_string).collect();
     let vlan = nic.vlan.map_or(String::new(), |vlan| format!(", VLAN {vlan}"));
     format!("{} on {}{vlan}, {}", limosa_announce::mac_words(nic.mac), nic.network, addresses.join(" "))
+}
+
+fn with_learned(mut description: VmDescription, learned: &[Learned]) -> VmDescription {
+    for (nic, learned) in description.nics.iter_mut().zip(learned) {
+        let more: Vec<IpAddr> = learned.addresses().into_iter().filter(|address| !nic.addresses.contains(address)).collect();
+        nic.addresses.extend(more);
+        nic.addresses.truncate(ADDRESSES_MAX);
+    }
+    description
 }
 
 /// The addresses of one NIC beside the configured ones.

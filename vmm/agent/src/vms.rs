@@ -259,8 +259,8 @@ impl Vms {
     /// Whether the NICs of a guest that is to be started find here what they need.
     fn check_nics(&self, agent: &Agent, config: &VmConfig) -> Result<(), ApiError> {
         let nics: Vec<NicDescription> = config.nics.iter().map(NicConfig::describe).collect();
-        let mut macs_taken = networks::mac_holders();
-        macs_taken.extend(self.macs_taken(&config.name));
+        let mut macs_taken = self.macs_taken(&config.name);
+        macs_taken.extend(networks::mac_holders());
         let offer = HostOffer { networks: networks::offers(&agent.config), macs_taken, ..HostOffer::default() };
         let reasons = compat::nic_reasons(&nics, &offer, "this host");
         let Some(first) = reasons.first().map(|reason| reason.id.clone()) else { return Ok(()) };
