@@ -138,6 +138,7 @@ fn a_guest_is_saved_and_restored_here_and_elsewhere() {
     with_lab(AgentConfig::default(), |lab| {
         let guest = GuestSpec::new("web", 1).dirty("5M", "16M");
         lab.guest(&guest)?;
+        lab.a.guest_verified("web", 1)?;
         let file = lab.a.file("web.snapshot");
         let saved = save(&lab.a, "web", &file, &[])?.expect_code(0)?.json()?;
         ensure!(saved["guest"] == "stopped" && saved["memory_bytes"] == 128 << 20, "{saved}");

@@ -411,6 +411,9 @@ pub const DESTINATION_TABLE: &[(DestinationState, DestinationInput, &[Destinatio
         (Checking, I::Refused, &[Done]),
         (Preparing, I::Prepared, &[Joining]),
         (Joining, I::LanesJoined, &[Receiving]),
+        // A guest that goes at once sends its state as soon as its own end of the lanes is open.
+        (Joining, I::Record, &[Joining, Done]),
+        (Joining, I::RecordsEnd, &[Joining, Done]),
         (Receiving, I::Arriving, &[Receiving]),
         (Receiving, I::RoundArrived, &[Receiving, Loading, Done]),
         (Receiving, I::Record, &[Receiving, Done]),

@@ -108,14 +108,8 @@ impl Asked {
         core.act(DestinationAction::AcceptLanes { lanes: self.lanes, plaintext: self.plaintext, token: core.config.token });
         core.send(Message::Prepared { populated_ms });
         core.patience(core.config.deadlines.lanes);
-        State::Joining
+        State::Joining(Receiving::default())
     }
-}
-
-/// Every lane is open.
-pub(super) fn joined(core: &mut Core) -> State {
-    core.round_patience();
-    State::Receiving(Receiving::default())
 }
 
 impl Core {
@@ -127,6 +121,26 @@ impl Core {
 }
 
 impl Receiving {
+    /// Lanes are being opened; the control channel may be quicker than the last of them.
+    pub(super) fn on_joining(mut self, core: &mut Core, event: DestinationEvent) -> State {
+        let taken = match event {
+            DestinationEvent::LanesJoined => {
+                core.round_patience();
+                return State::Receiving(self);
+            }
+            DestinationEvent::Message(Message::Record(record)) => self.record(record),
+            DestinationEvent::Message(Message::RecordsEnd { count, bytes, last_round, paused }) => {
+                core.paused = paused;
+                self.end(count, bytes, last_round)
+            }
+            _ => Ok(()),
+        };
+        match taken {
+            Ok(()) => State::Joining(self),
+            Err(words) => State::Joining(self).fail(core, Code::Violation, words, Side::Destination),
+        }
+    }
+
     pub(super) fn on(mut self, core: &mut Core, event: DestinationEvent) -> State {
         let mut whole = None;
         let taken = match event {

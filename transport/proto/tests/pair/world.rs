@@ -476,8 +476,9 @@ impl World {
             }
             SourceAction::OpenLanes { token, .. } => {
                 assert_eq!(token, LaneToken([9; 32]));
-                self.after(LATENCY * 2, Item::ToDestination(DestinationEvent::LanesJoined));
-                self.after(LATENCY * 3, Item::ToSource(SourceEvent::LanesOpen));
+                // The source may have its lanes long before the destination has seen the last of them.
+                self.after(LATENCY * 2, Item::ToSource(SourceEvent::LanesOpen));
+                self.after(LATENCY * 12, Item::ToDestination(DestinationEvent::LanesJoined));
             }
             SourceAction::SendPages { round, pages, .. } => self.start_round(round, &pages),
             SourceAction::Settle { released } => self.settle(released),
