@@ -32,6 +32,8 @@ pub struct Spec {
     pub memory_mib: u32,
     /// Processors of each machine.
     pub cpus: u32,
+    /// QEMU's model of the processors of alpha and of beta (`-cpu`).
+    pub cpu_models: [String; 2],
     /// The lab ends by itself after so many seconds.
     pub limit_seconds: u64,
     /// Where the folder with its logs is made.
@@ -47,7 +49,8 @@ impl Spec {
     /// There is no target folder.
     pub fn new() -> Result<Spec> {
         let folder = runs_folder()?;
-        Ok(Spec { memory_mib: 3072, cpus: 1, limit_seconds: 1800, folder, register: None })
+        let cpu_models = ["max".to_owned(), "max".to_owned()];
+        Ok(Spec { memory_mib: 3072, cpus: 1, cpu_models, limit_seconds: 1800, folder, register: None })
     }
 }
 
@@ -272,14 +275,22 @@ pub fn qemus(name: &str) -> Vec<u32> {
 ///
 /// # Panics
 /// When the test fails: that is its way to say so.
-#[allow(clippy::panic)]
 pub fn with_machines(test: impl FnOnce(&Machines) -> Result<()>) {
+    with_machines_like(Ok, test);
+}
+
+/// Likewise, with machines that are not the usual ones.
+///
+/// # Panics
+/// When the test fails.
+#[allow(clippy::panic)]
+pub fn with_machines_like(change: impl FnOnce(Spec) -> Result<Spec>, test: impl FnOnce(&Machines) -> Result<()>) {
     if let Some(reason) = missing() {
         crate::skip(&reason);
         return;
     }
     let result = process::lock("rig-machines").and_then(|_lock| {
-        let mut machines = Machines::boot(&Spec::new()?)?;
+        let mut machines = Machines::boot(&change(Spec::new()?)?)?;
         let result = test(&machines);
         if result.is_err() {
             machines.save_logs();
