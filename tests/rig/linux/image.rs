@@ -14,8 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 /// Drivers for what our machine has, and the file system for its disks.
-const MODULES: [&str; 7] =
-    ["virtio_mmio", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon", "crc32c_generic", "ext4"];
+const MODULES: [&str; 7] = ["virtio_mmio", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon", "crc32c_generic", "ext4"];
 /// No kernel's payload is larger.
 const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 

@@ -136,10 +136,7 @@ impl LinuxGuest {
         let mut text = self.head(kernel, &images.initramfs, &cmdline);
         if !self.network.is_empty() {
             let (mac, network, ip, ip6) = (self.mac(), &self.network, self.ip(), self.ip6());
-            let _ = write!(
-                text,
-                "\n[[nic]]\nmac = \"{mac}\"\nnetwork = \"{network}\"\naddresses = [\"{ip}\", \"{ip6}\"]\n"
-            );
+            let _ = write!(text, "\n[[nic]]\nmac = \"{mac}\"\nnetwork = \"{network}\"\naddresses = [\"{ip}\", \"{ip6}\"]\n");
         }
         for disk in &self.disks {
             let _ = write!(text, "\n[[disk]]\npath = \"{}\"\nformat = \"{}\"\n", disk.path, disk.format);
@@ -186,8 +183,9 @@ impl LinuxBeat {
 /// The figures in a line of the serial log, if it is a whole heartbeat.
 pub fn linux_beat_of(line: &str) -> Option<LinuxBeat> {
     let fields = line.trim_end().strip_prefix("limosa-linux heartbeat ")?.split_whitespace();
-    let fields: BTreeMap<String, u64> =
-        fields.map(|field| field.split_once('=').and_then(|(key, value)| Some((key.to_owned(), value.parse().ok()?)))).collect::<Option<_>>()?;
+    let fields: BTreeMap<String, u64> = fields
+        .map(|field| field.split_once('=').and_then(|(key, value)| Some((key.to_owned(), value.parse().ok()?))))
+        .collect::<Option<_>>()?;
     fields.contains_key("tcp_retransmits").then_some(LinuxBeat(fields))
 }
 
@@ -240,7 +238,8 @@ mod tests {
 
     #[test]
     fn complaints_of_kernel_and_program_are_found() {
-        let log = "[    1.0] Linux version\n[   40.1] watchdog: BUG: soft lockup - CPU#0 stuck\nlimosa-linux bad page 3: x\nall well\n";
+        let log =
+            "[    1.0] Linux version\n[   40.1] watchdog: BUG: soft lockup - CPU#0 stuck\nlimosa-linux bad page 3: x\nall well\n";
         assert_eq!(complaints(log).len(), 2);
         assert!(complaints("[    0.1] PCI: System does not support PCI\nlimosa-linux ready kernel=6.1 cpus=2\n").is_empty());
     }

@@ -83,7 +83,7 @@ impl Pings {
 
 fn ping_report(text: &str) -> Result<PingReport> {
     let mut answers: BTreeMap<u64, f64> = BTreeMap::new();
-    let mut sent = 0;
+    let mut sent: u64 = 0;
     for line in text.lines() {
         let figure = |mark: &str| line.split_once(mark)?.1.split_whitespace().next()?.parse::<f64>().ok();
         if let (Some(number), Some(time)) = (figure("icmp_seq="), figure("time=")) {
@@ -144,7 +144,8 @@ impl Transfer {
         let (name, line) = (netns.to_owned(), Line { stop: stop.clone(), bytes: bytes.clone(), stall: Arc::clone(&stall) });
         let thread = std::thread::Builder::new().name("transfer".into()).spawn(move || {
             netns::enter(&name)?;
-            let stream = TcpStream::connect_timeout(&SocketAddr::new(guest, PORT), SILENCE_MAX).context("connecting to the guest")?;
+            let stream =
+                TcpStream::connect_timeout(&SocketAddr::new(guest, PORT), SILENCE_MAX).context("connecting to the guest")?;
             stream.set_read_timeout(Some(Duration::from_millis(100)))?;
             stream.set_write_timeout(Some(SILENCE_MAX))?;
             match way {

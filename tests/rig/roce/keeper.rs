@@ -302,11 +302,8 @@ impl Keeper {
         command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
         command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
         let fabric = ",host_mtu=9000,speed=10000,duplex=full";
-        let cards = [
-            (&machine.port, &machine.mac, fabric),
-            (&control_port, &control_mac, ""),
-            (&machine.guest_port, &guest_mac, ""),
-        ];
+        let cards =
+            [(&machine.port, &machine.mac, fabric), (&control_port, &control_mac, ""), (&machine.guest_port, &guest_mac, "")];
         for (port, mac, more) in cards {
             command.args(["-netdev", &format!("tap,id={port},ifname={port},script=no,downscript=no")]);
             command.args(["-device", &format!("virtio-net-pci,netdev={port},mac={mac},romfile={more}")]);

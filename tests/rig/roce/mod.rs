@@ -9,10 +9,12 @@ pub mod inside;
 pub mod keeper;
 pub mod kernel;
 pub mod machine;
+pub mod station;
 pub mod wire;
 
 pub use keeper::{Event, Ready};
 pub use machine::{Machine, Output, Running, Task};
+pub use station::{Answer, Station};
 
 use crate::process::{self, wait_for};
 use crate::{Host, netns};
