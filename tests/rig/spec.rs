@@ -75,7 +75,13 @@ impl GuestSpec {
 
     /// The configuration of its VM.
     pub fn text(&self, kernel: &Path) -> String {
-        let cmdline = format!("ws={} dirty={} fill={} ip={} heartbeat=50", self.ws, self.dirty, self.fill, self.ip());
+        let cmdline = format!(
+            "ws={} dirty={} fill={} ip={} heartbeat=50 virtio_mmio.device=4K@0xd0000000:5",
+            self.ws,
+            self.dirty,
+            self.fill,
+            self.ip()
+        );
         format!(
             "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
              [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",

@@ -178,6 +178,9 @@ pub struct VmInfo {
     pub vcpus: u32,
     /// Its NICs in words: MAC, network, addresses.
     pub nics: Vec<String>,
+    /// The socket of its serial line, if its VMM has one.
+    #[serde(default)]
+    pub console: Option<PathBuf>,
 }
 
 /// A host that is trusted, or this one.

@@ -244,6 +244,12 @@ impl Config {
         self.run_dir.join("plug.sock")
     }
 
+    /// The socket of the serial line of the guest called `name`. Short, because a socket's path must be.
+    #[must_use]
+    pub fn console_socket(&self, name: &str) -> PathBuf {
+        self.run_dir.join(format!("c-{:08x}", crc32fast::hash(name.as_bytes())))
+    }
+
     fn read_agent(&mut self, mut section: Section<'_, '_>) {
         if let Some(name) = section.string("name") {
             if !plain_name(&name) {

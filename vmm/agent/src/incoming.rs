@@ -221,6 +221,7 @@ impl DestinationHost for Receiving {
         let (process, arrived) = launched.map_err(HostError::new)?;
         settle::remember_process(&self.agent, vm.id, process.pid());
         guest.set_process(process);
+        guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
         let described = arrived.connection.prepare(vm, &self.agent.config.bridges()).map_err(host_error)?;

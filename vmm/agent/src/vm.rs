@@ -8,6 +8,7 @@ use limosa_link::Cancel;
 use limosa_plug::PlugConnection;
 use limosa_proto::identity::VmId;
 use limosa_proto::wire::message::{NicDescription, VmDescription};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,8 @@ struct Inner {
     born: Option<u64>,
     /// Set where this very agent started it.
     process: Option<Process>,
+    /// The socket of its serial line; gone when the VMM is.
+    console: Option<PathBuf>,
     since_unix_ms: u64,
     description: Option<VmDescription>,
     /// What a migration wants to have cancelled when the VMM is lost.
@@ -61,6 +64,7 @@ impl Vm {
             pid: 0,
             born: None,
             process: None,
+            console: None,
             since_unix_ms: unix_ms(),
             description: None,
             lost: None,
@@ -135,6 +139,11 @@ impl Vm {
         inner.process = Some(process);
     }
 
+    /// Where the VMM makes the socket of the serial line.
+    pub(crate) fn set_console(&self, path: PathBuf) {
+        self.lock().console = Some(path);
+    }
+
     pub(crate) fn description(&self) -> Option<VmDescription> {
         self.lock().description.clone()
     }
@@ -181,6 +190,10 @@ impl Vm {
                 }
             }
         }
+        if let Some(path) = inner.console.take() {
+            // A VMM that ended by itself has removed it.
+            let _ = std::fs::remove_file(path);
+        }
         self.plugged.notify_all();
     }
 
@@ -220,6 +233,7 @@ impl Vm {
             memory_bytes: description.map_or(0, |vm| vm.memory.bytes()),
             vcpus: description.map_or(0, |vm| vm.vcpus),
             nics: description.map_or_else(Vec::new, |vm| vm.nics.iter().map(nic_words).collect()),
+            console: inner.console.clone().filter(|path| path.exists()),
         }
     }
 }

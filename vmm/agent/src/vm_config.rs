@@ -33,6 +33,8 @@ pub struct NicConfig {
     pub vlan: Option<u16>,
     /// Largest packet in bytes, without the Ethernet header.
     pub mtu: u16,
+    /// Whether the guest may leave checksums and segmentation to the host.
+    pub offload: bool,
 }
 
 /// A guest, as its file describes it.
@@ -60,6 +62,10 @@ pub struct VmConfig {
     pub serial: Serial,
     /// Network interfaces, in order.
     pub nics: Vec<NicConfig>,
+    /// Whether it has a source of random bytes.
+    pub rng: bool,
+    /// Whether it has a balloon, through which it reports free pages.
+    pub balloon: bool,
 }
 
 impl VmConfig {
@@ -135,6 +141,8 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         root.problem("cmdline", format_args!("has {} bytes", cmdline.len()), "it should have at most 2000 bytes and no NUL");
     }
     let nics = read_nics(root.sections("nic"));
+    let rng = root.boolean("rng").unwrap_or(true);
+    let balloon = root.boolean("balloon").unwrap_or(true);
     root.close();
     Some(VmConfig {
         name: name?,
@@ -148,6 +156,8 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         cmdline,
         serial,
         nics,
+        rng,
+        balloon,
     })
 }
 
@@ -176,9 +186,10 @@ fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
         let small = |number: u64| u16::try_from(number).ok();
         let vlan = section.integer("vlan", 1..=4094).and_then(small);
         let mtu = section.integer("mtu", 576..=65_535).and_then(small).unwrap_or(1500);
+        let offload = section.boolean("offload").unwrap_or(true);
         section.close();
         if let (Some(mac), Some(network)) = (mac, network) {
-            nics.push(NicConfig { mac: mac.0, network, addresses, vlan, mtu });
+            nics.push(NicConfig { mac: mac.0, network, addresses, vlan, mtu, offload });
         }
     }
     nics

@@ -154,6 +154,7 @@ impl Vms {
             self.launch(agent, &config.name, arguments, START_MAX).map_err(|words| ApiError::refused("vmm-failed", words))?;
         let vm = Vm::new(arrived.hello.id, config.name.clone(), VmState::Running);
         vm.set_process(process);
+        vm.set_console(agent.config.console_socket(&config.name));
         vm.plug(Arc::clone(&arrived.connection), arrived.serial);
         drop(starting);
         let described = arrived.connection.describe().map_err(|e| ApiError::refused("vmm-failed", e.to_string()));
@@ -185,6 +186,8 @@ impl Vms {
         ring::rand::SystemRandom::new().fill(&mut token).map_err(|_| "the system gives no random numbers")?;
         arguments.extend(["--plug".into(), agent.config.plug_socket().display().to_string()]);
         arguments.extend(["--token".into(), VmId(token).to_string()]);
+        let console = agent.config.console_socket(name);
+        arguments.extend(["--console".into(), console.display().to_string()]);
         let (sender, arrivals) = mpsc::channel();
         self.lock().expected.insert(token, sender);
         let logs = agent.config.state_dir.join("vm");
@@ -194,6 +197,8 @@ impl Vms {
                 Ok(arrived) => Ok((process, arrived)),
                 Err(words) => {
                     process.end_after(Duration::ZERO);
+                    // It may not have come to making it.
+                    let _ = std::fs::remove_file(&console);
                     let said = last_words(&logs.join(format!("{name}.vmm.log")));
                     Err(format!("the VMM of {name} {words}{said}"))
                 }
@@ -346,6 +351,7 @@ fn welcome(agent: &Arc<Agent>, peer: PlugPeer) -> Option<(Arc<PlugConnection>, u
 /// A VMM that this agent did not start, or that has lost its connection, is back.
 fn adopt(agent: &Arc<Agent>, vm: &Arc<Vm>, connection: Arc<PlugConnection>, serial: u64, hello: &Hello) {
     let description = connection.describe();
+    vm.set_console(agent.config.console_socket(&vm.name));
     vm.plug(connection, serial);
     match description {
         Ok(described) => vm.set_description(described.description),

@@ -106,6 +106,8 @@ pub(crate) enum VmCommand {
     Show { vm: String },
     /// Stop a guest
     Stop { vm: String },
+    /// This terminal on a guest's serial line; Ctrl-] leaves it
+    Console { vm: String },
 }
 
 #[derive(Debug, Subcommand)]
@@ -145,6 +147,9 @@ pub(crate) struct VmmArgs {
     /// What the agent knows this process by
     #[arg(long, value_name = "HEX", requires = "plug", hide = true)]
     pub(crate) token: Option<String>,
+    /// Where to make the socket of the guest's serial line
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) console: Option<PathBuf>,
     /// The bridge of a network on this host
     #[arg(long, value_name = "NETWORK=BRIDGE", value_parser = parse_bridge)]
     pub(crate) bridge: Vec<(String, String)>,

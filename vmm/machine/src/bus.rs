@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::devices::net::NetDevice;
 use crate::devices::serial::{SERIAL_PORT, Serial};
+use crate::devices::worker::VirtioDevice;
 
 /// Where the first virtio-mmio device is; each has 4 KiB.
 pub(crate) const MMIO_BASE: u64 = 0xd000_0000;
@@ -14,10 +14,14 @@ pub(crate) const MMIO_IRQ_BASE: u32 = 5;
 /// The IOAPIC has 24 inputs, of which 5 to 23 are free.
 pub(crate) const MMIO_DEVICES_MAX: usize = 19;
 
-const KEYBOARD_COMMAND: u16 = 0x64;
-const KEYBOARD_RESET: u8 = 0xfe;
+/// Where the keyboard controller takes commands, and the one that resets the machine.
+pub(crate) const KEYBOARD_COMMAND: u16 = 0x64;
+pub(crate) const KEYBOARD_RESET: u8 = 0xfe;
 const KEYBOARD_PORTS: [u16; 2] = [0x60, 0x64];
 const CMOS_PORTS: [u16; 2] = [0x70, 0x71];
+/// ACPI's sleep control register: the guest writes its sleep type and this bit to be switched off.
+pub(crate) const SLEEP_PORT: u16 = 0x600;
+const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// What a write to a port led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,13 +30,16 @@ pub(crate) enum PioOutcome {
     Done,
     /// The guest asked to be reset.
     Reset,
+    /// The guest asked to be switched off.
+    PowerOff,
 }
 
 /// The devices of a machine by address.
 #[derive(Debug)]
 pub(crate) struct Bus {
     pub(crate) serial: Arc<Serial>,
-    pub(crate) nics: Vec<Arc<NetDevice>>,
+    /// By slot: each has its place in MMIO space, and its interrupt, by its number.
+    pub(crate) devices: Vec<Arc<VirtioDevice>>,
 }
 
 impl Bus {
@@ -46,6 +53,9 @@ impl Bus {
         if port == KEYBOARD_COMMAND && data.first() == Some(&KEYBOARD_RESET) {
             return PioOutcome::Reset;
         }
+        if port == SLEEP_PORT && data.first().is_some_and(|byte| byte & SLEEP_ENABLE != 0) {
+            return PioOutcome::PowerOff;
+        }
         PioOutcome::Done
     }
 
@@ -53,28 +63,33 @@ impl Bus {
         match serial_offset(port) {
             Some(offset) => data.iter_mut().for_each(|byte| *byte = self.serial.read(offset)),
             // An idle keyboard controller, and a CMOS whose clock is never "being updated": both keep kernels from waiting.
-            None if KEYBOARD_PORTS.contains(&port) || CMOS_PORTS.contains(&port) => data.fill(0),
+            None if KEYBOARD_PORTS.contains(&port)
+                || CMOS_PORTS.contains(&port)
+                || (SLEEP_PORT..SLEEP_PORT + 2).contains(&port) =>
+            {
+                data.fill(0);
+            }
             // As on a bus where nothing answers.
             None => data.fill(0xff),
         }
     }
 
-    fn nic(&self, address: u64) -> Option<(&NetDevice, u64)> {
+    fn device(&self, address: u64) -> Option<(&VirtioDevice, u64)> {
         let offset = address.checked_sub(MMIO_BASE)?;
-        let index = usize::try_from(offset / MMIO_BYTES).ok()?;
-        self.nics.get(index).map(|nic| (nic.as_ref(), offset % MMIO_BYTES))
+        let slot = usize::try_from(offset / MMIO_BYTES).ok()?;
+        self.devices.get(slot).map(|device| (device.as_ref(), offset % MMIO_BYTES))
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        match self.nic(address) {
-            Some((nic, offset)) => nic.mmio_read(offset, data),
+        match self.device(address) {
+            Some((device, offset)) => device.mmio_read(offset, data),
             None => data.fill(0xff),
         }
     }
 
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some((nic, offset)) = self.nic(address) {
-            nic.mmio_write(offset, data);
+        if let Some((device, offset)) = self.device(address) {
+            device.mmio_write(offset, data);
         }
     }
 }

@@ -12,16 +12,20 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// The guest's memory.
     pub memory: MemoryConfig,
-    /// Network cards, at most 19, in the order in which the guest finds them.
+    /// Network cards, in the order in which the guest finds them. With all other devices at most 19.
     pub nics: Vec<NicConfig>,
+    /// A source of random bytes.
+    pub rng: bool,
+    /// A balloon, through which the guest reports pages that it does not use, so that they need not travel.
+    pub balloon: bool,
     /// Where serial output goes.
     pub serial: SerialSink,
 }
 
 impl MachineConfig {
-    /// A machine without network, whose serial output is dropped.
+    /// A machine without virtio devices, whose serial output is dropped.
     pub fn new(vcpus: u32, memory: MemoryConfig) -> Self {
-        Self { vcpus, memory, nics: Vec::new(), serial: SerialSink::Null }
+        Self { vcpus, memory, nics: Vec::new(), rng: false, balloon: false, serial: SerialSink::Null }
     }
 }
 
@@ -34,6 +38,8 @@ pub struct NicConfig {
     pub tap: TapConfig,
     /// The MTU in bytes, which the guest is told; at least 68.
     pub mtu: u16,
+    /// Whether checksums and segmentation may be left to the host, where the TAP can do that.
+    pub offload: bool,
 }
 
 /// The host's side of a network card.

@@ -10,10 +10,13 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootConfig, BootError};
-use crate::bus::{Bus, MMIO_BASE, MMIO_BYTES, MMIO_DEVICES_MAX, MMIO_IRQ_BASE};
+use crate::bus::{Bus, MMIO_DEVICES_MAX};
 use crate::config::{MachineConfig, NicConfig, TapConfig};
-use crate::devices::net::{NetDevice, NetParts, NetThread};
+use crate::devices::balloon::Balloon;
+use crate::devices::net::Net;
+use crate::devices::rng::Rng;
 use crate::devices::serial::{SERIAL_IRQ, Serial};
+use crate::devices::worker::{Backend, DeviceThread, PAUSE_MAX, VirtioDevice};
 use crate::dirty::{DirtyError, DirtyTracker};
 use crate::error::{AccessError, BuildError, LoadError, SaveError};
 use crate::event::Events;
@@ -44,18 +47,21 @@ enum Phase {
     Paused,
 }
 
-/// What a machine is made of, version 1 of its record: checked before anything is loaded.
+/// What a machine is made of, version 2 of its record: checked before anything is loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Board {
     vcpus: u32,
     /// `(gpa, bytes)` of each region.
     memory: Vec<(u64, u64)>,
-    nics: u32,
+    /// Kind of record of the virtio device in each slot.
+    devices: Vec<u16>,
 }
 
 impl std::fmt::Display for Board {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} vCPUs, memory {:x?} (address, bytes) and {} network cards", self.vcpus, self.memory, self.nics)
+        let name = |kind: &u16| Kind::from_number(*kind).map_or("unknown", Kind::name);
+        let devices: Vec<&str> = self.devices.iter().map(name).collect();
+        write!(f, "{} vCPUs, memory {:x?} (address, bytes) and the devices [{}]", self.vcpus, self.memory, devices.join(", "))
     }
 }
 
@@ -64,7 +70,7 @@ impl std::fmt::Display for Board {
 pub struct Machine {
     // Dropped in this order: whoever runs first, what they use last.
     vcpus: VcpuSet,
-    net_threads: Vec<NetThread>,
+    device_threads: Vec<DeviceThread>,
     bus: Arc<Bus>,
     dirty: DirtyTracker,
     ram: Arc<Ram>,
@@ -88,7 +94,6 @@ fn check(what: &'static str, given: u64, min: u64, max: u64) -> Result<(), Build
 }
 
 fn check_nics(nics: &[NicConfig]) -> Result<(), BuildError> {
-    check("the number of network cards", nics.len() as u64, 0, MMIO_DEVICES_MAX as u64)?;
     for (index, nic) in nics.iter().enumerate() {
         check("a network card's MTU", u64::from(nic.mtu), u64::from(MTU_MIN), u64::from(u16::MAX))?;
         if nic.mac[0] & 1 == 1 {
@@ -128,15 +133,30 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u32, caps: &Capabilities) -> Result
     Ok(vcpus)
 }
 
-fn create_nic(vm: &VmFd, ram: &Arc<Ram>, events: &Arc<Events>, index: usize, nic: NicConfig) -> Result<NetDevice, BuildError> {
+fn create_nic(index: usize, nic: NicConfig) -> Result<Net, BuildError> {
     let tap = match nic.tap {
         TapConfig::Name { name, bridge } => Tap::open(&name, bridge.as_deref(), nic.mtu)?,
         TapConfig::Fd(fd) => Tap::from_fd(fd, &format!("net{index}"))?,
     };
-    // At most 19 cards (checked), so neither sum leaves its range.
-    let (irq, mmio) = (MMIO_IRQ_BASE + index as u32, MMIO_BASE + index as u64 * MMIO_BYTES);
-    let parts = NetParts { index, mac: nic.mac, mtu: nic.mtu, tap, irq, mmio };
-    NetDevice::new(vm, Arc::clone(ram), parts, Arc::clone(events)).map_err(failed_io("binding a network card to KVM"))
+    Ok(Net::new(nic.mac, nic.mtu, tap, nic.offload))
+}
+
+/// A virtio device with kind and instance of its record.
+type Made = (Kind, u32, Box<dyn Backend>);
+
+/// The virtio devices of a machine, in the order of their slots.
+fn create_backends(config: &mut MachineConfig) -> Result<Vec<Made>, BuildError> {
+    let mut backends: Vec<Made> = Vec::new();
+    for (index, nic) in std::mem::take(&mut config.nics).into_iter().enumerate() {
+        backends.push((Kind::Net, index as u32, Box::new(create_nic(index, nic)?)));
+    }
+    if config.rng {
+        backends.push((Kind::Rng, 0, Box::new(Rng::new().map_err(failed_io("opening /dev/urandom"))?)));
+    }
+    if config.balloon {
+        backends.push((Kind::Balloon, 0, Box::new(Balloon)));
+    }
+    Ok(backends)
 }
 
 impl Machine {
@@ -149,8 +169,10 @@ impl Machine {
     }
 
     /// [`Self::new`] on a host that offers less than this one.
-    fn with_fewer(config: MachineConfig, fewer: fn(Capabilities) -> Capabilities) -> Result<Self, BuildError> {
+    fn with_fewer(mut config: MachineConfig, fewer: fn(Capabilities) -> Capabilities) -> Result<Self, BuildError> {
         check_nics(&config.nics)?;
+        let count = config.nics.len() + usize::from(config.rng) + usize::from(config.balloon);
+        check("the number of virtio devices", count as u64, 0, MMIO_DEVICES_MAX as u64)?;
         let kvm = kvm::open()?;
         let (vm, caps, ram, dirty) = create_vm(&kvm, &config.memory, fewer)?;
         check("the number of vCPUs", u64::from(config.vcpus), 1, u64::from(caps.vcpus_max))?;
@@ -165,16 +187,17 @@ impl Machine {
         let events = Arc::new(Events::new().map_err(|error| failed_io("making an eventfd")(error.into()))?);
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed_io("making an eventfd"))?;
         vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(failed("KVM_IRQFD"))?;
-        let serial = Arc::new(Serial::new(config.serial, interrupt).map_err(failed_io("starting the serial port"))?);
-        let mut nics = Vec::new();
-        for (index, nic) in config.nics.into_iter().enumerate() {
-            nics.push(Arc::new(create_nic(&vm, &ram, &events, index, nic)?));
+        let mut devices = Vec::new();
+        for (slot, (kind, instance, backend)) in create_backends(&mut config)?.into_iter().enumerate() {
+            let device = VirtioDevice::new(&vm, Arc::clone(&ram), Arc::clone(&events), slot, (kind, instance), backend);
+            devices.push(Arc::new(device.map_err(failed_io("binding a virtio device to KVM"))?));
         }
-        let net_threads = nics.iter().map(NetDevice::start).collect::<Result<_, _>>();
-        let net_threads = net_threads.map_err(failed_io("starting a network card's thread"))?;
-        let bus = Arc::new(Bus { serial, nics });
+        let device_threads = devices.iter().map(VirtioDevice::start).collect::<Result<_, _>>();
+        let device_threads = device_threads.map_err(failed_io("starting a device's thread"))?;
+        let serial = Arc::new(Serial::new(config.serial, interrupt).map_err(failed_io("starting the serial port"))?);
+        let bus = Arc::new(Bus { serial, devices });
         let vcpus = VcpuSet::start(vcpus, &bus, &events).map_err(failed_io("starting vCPU threads"))?;
-        Ok(Self { vcpus, net_threads, bus, dirty, ram, vm, caps, msrs, events, phase: Mutex::new(Phase::Fresh) })
+        Ok(Self { vcpus, device_threads, bus, dirty, ram, vm, caps, msrs, events, phase: Mutex::new(Phase::Fresh) })
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -189,35 +212,30 @@ impl Machine {
         let mut phase = self.phase();
         let (Phase::Fresh, Some(first)) = (*phase, self.vcpus.vcpus().first()) else { return Err(BootError::NotFresh) };
         let count = self.vcpus.vcpus().len() as u32;
-        boot::boot(self.ram.guest(), &first.fd(), count, config, &self.cmdline(&config.cmdline))?;
+        boot::boot(self.ram.guest(), &first.fd(), count, self.bus.devices.len(), config)?;
         *phase = Phase::Ready { loaded: false };
         Ok(())
-    }
-
-    /// The owner's command line, and where the virtio devices are.
-    fn cmdline(&self, given: &str) -> String {
-        let devices = (0..self.bus.nics.len()).map(|index| {
-            let address = MMIO_BASE + index as u64 * MMIO_BYTES;
-            format!("virtio_mmio.device=4K@{address:#x}:{}", MMIO_IRQ_BASE + index as u32)
-        });
-        let given = Some(given.trim().to_owned()).filter(|given| !given.is_empty());
-        given.into_iter().chain(devices).collect::<Vec<_>>().join(" ")
     }
 
     /// Lets the machine run: for the first time, or on. Does nothing if it runs.
     ///
     /// # Errors
-    /// When it was neither booted nor loaded.
+    /// When it was neither booted nor loaded, or when a device cannot work here; then it can be tried again.
     pub fn resume(&self) -> Result<(), RunError> {
         let mut phase = self.phase();
         match *phase {
             Phase::Fresh | Phase::Spoilt => return Err(RunError::Empty),
             Phase::Running => return Ok(()),
-            Phase::Ready { loaded: true } => self.mend_after_load(),
-            Phase::Ready { loaded: false } | Phase::Paused => {}
+            Phase::Ready { .. } | Phase::Paused => {}
+        }
+        for device in &self.bus.devices {
+            device.may_resume().map_err(|reason| RunError::Device { device: device.name().to_owned(), reason })?;
+        }
+        if *phase == (Phase::Ready { loaded: true }) {
+            self.mend_after_load();
         }
         // Devices first: busy vCPUs may take this thread's CPU for some milliseconds.
-        self.bus.nics.iter().for_each(|nic| nic.resume());
+        self.bus.devices.iter().for_each(|device| device.resume());
         self.vcpus.resume();
         *phase = Phase::Running;
         Ok(())
@@ -226,7 +244,7 @@ impl Machine {
     /// What a save cannot hold: interrupts that were on their way from a device, and that the guest was stopped.
     fn mend_after_load(&self) {
         self.bus.serial.raise_again();
-        self.bus.nics.iter().for_each(|nic| nic.raise_again());
+        self.bus.devices.iter().for_each(|device| device.arrived());
         if self.caps.clock_control {
             for vcpu in self.vcpus.vcpus() {
                 // Refused while the guest has no paravirtual clock, and then there is nothing to say.
@@ -244,17 +262,17 @@ impl Machine {
         if *phase != Phase::Running {
             return Ok(());
         }
-        self.bus.nics.iter().for_each(|nic| nic.begin_pause());
-        let stuck = |name: &str| RunError::Stuck { what: format!("device {name}"), ms: 2000 };
-        let paused = self.vcpus.pause().and_then(|()| match self.bus.nics.iter().find(|nic| !nic.wait_parked()) {
-            Some(nic) => Err(stuck(nic.name())),
+        self.bus.devices.iter().for_each(|device| device.begin_pause());
+        let stuck = |name: &str| RunError::Stuck { what: format!("device {name}"), ms: PAUSE_MAX.as_millis() as u64 };
+        let paused = self.vcpus.pause().and_then(|()| match self.bus.devices.iter().find(|device| !device.wait_parked()) {
+            Some(device) => Err(stuck(device.name())),
             None => Ok(()),
         });
         match paused {
             Ok(()) => *phase = Phase::Paused,
             Err(_) => {
                 self.vcpus.resume();
-                self.bus.nics.iter().for_each(|nic| nic.resume());
+                self.bus.devices.iter().for_each(|device| device.resume());
             }
         }
         paused
@@ -351,7 +369,7 @@ impl Machine {
         Board {
             vcpus: self.vcpus.vcpus().len() as u32,
             memory: self.ram.regions().iter().map(|region| (region.gpa, region.bytes)).collect(),
-            nics: self.bus.nics.len() as u32,
+            devices: self.bus.devices.iter().map(|device| device.record_id().0 as u16).collect(),
         }
     }
 
@@ -383,8 +401,9 @@ impl Machine {
         let pit = irq::save_pit(&self.vm).map_err(refused("KVM_GET_PIT2"))?;
         records.push(record(Kind::Pit, 0, &pit)?);
         records.push(record(Kind::Serial, 0, &self.bus.serial.save())?);
-        for (index, nic) in (0..).zip(&self.bus.nics) {
-            records.push(record(Kind::Net, index, &nic.save())?);
+        for device in &self.bus.devices {
+            let (kind, instance) = device.record_id();
+            records.push(record(kind, instance, &device.save())?);
         }
         Ok(records)
     }
@@ -429,16 +448,17 @@ impl Machine {
         // The clock after the TSCs, on which it is built.
         clock::load(&self.vm, self.caps.clock_flags, &clock).map_err(refused("KVM_SET_CLOCK"))?;
         self.bus.serial.load(records.take(Kind::Serial, 0)?);
-        for (index, nic) in (0..).zip(&self.bus.nics) {
-            let state = records.take(Kind::Net, index)?;
-            nic.load(state).map_err(|error| LoadError::Device { device: nic.name().to_owned(), reason: error.to_string() })?;
+        for device in &self.bus.devices {
+            let (kind, instance) = device.record_id();
+            let refused = |reason: String| LoadError::Device { device: device.name().to_owned(), reason };
+            device.load(records.take(kind, instance)?).map_err(|error| refused(error.to_string()))?;
         }
         Ok(())
     }
 
     /// Ends the machine: threads, TAPs and memory are gone when this returns. Dropping does the same.
     pub fn stop(self) {
-        tracing::debug!(network_cards = self.net_threads.len(), "machine stopped");
+        tracing::debug!(devices = self.device_threads.len(), "machine stopped");
     }
 }
 

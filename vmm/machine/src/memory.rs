@@ -7,9 +7,9 @@
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::bitmap::AtomicBitmap;
@@ -126,6 +126,8 @@ pub(crate) struct Ram {
     guest: GuestRam,
     files: Vec<Arc<File>>,
     page_size: PageSize,
+    /// Pages that the guest does not need stay where they are.
+    held_back: Mutex<bool>,
 }
 
 /// `(gpa, bytes)` of each region for a machine with so much memory.
@@ -153,7 +155,7 @@ impl Ram {
             files.push(file);
         }
         let guest = GuestRam::from_regions(regions).map_err(|error| refused("arranging regions", 0, &error, ""))?;
-        let ram = Self { guest, files, page_size: config.page_size };
+        let ram = Self { guest, files, page_size: config.page_size, held_back: Mutex::new(false) };
         if config.populate == Populate::Now {
             ram.populate()?;
         }
@@ -193,6 +195,34 @@ impl Ram {
             results.into_iter().collect::<Result<(), _>>()?;
         }
         Ok(())
+    }
+}
+
+impl Ram {
+    /// Gives the whole pages within `bytes` from `gpa` on back to the host; they read as zeros until they are written. What
+    /// is not all in one region of RAM is left alone, and so is everything while [`Self::hold_back`] says so.
+    pub(crate) fn give_back(&self, gpa: u64, bytes: u64) {
+        let held_back = self.held_back.lock().unwrap_or_else(PoisonError::into_inner);
+        let page_bytes = self.page_size.bytes();
+        let Some(end) = gpa.checked_add(bytes).filter(|_| !*held_back) else { return };
+        for (region, file) in self.guest.iter().zip(&self.files) {
+            let (first, bytes) = (region.start_addr().raw_value(), region.len());
+            let Some(start) = gpa.checked_sub(first).filter(|start| *start < bytes && end - first <= bytes) else { continue };
+            let (start, end) = (start.next_multiple_of(page_bytes), (end - first) / page_bytes * page_bytes);
+            let (Ok(at), Ok(length)) = (i64::try_from(start), i64::try_from(end.saturating_sub(start))) else { return };
+            if length == 0 {
+                return;
+            }
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            if let Err(error) = fallocate(file, flags, at, length) {
+                tracing::debug!(gpa, bytes, %error, "free pages not given back");
+            }
+        }
+    }
+
+    /// From the return of this on, [`Self::give_back`] leaves pages where they are (`true`), or not any more (`false`).
+    pub(crate) fn hold_back(&self, hold: bool) {
+        *self.held_back.lock().unwrap_or_else(PoisonError::into_inner) = hold;
     }
 }
 

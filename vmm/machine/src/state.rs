@@ -37,10 +37,27 @@ pub enum Kind {
     Serial = 6,
     /// A virtio network card.
     Net = 7,
+    /// A virtio disk.
+    Block = 8,
+    /// A virtio source of random bytes.
+    Rng = 9,
+    /// A virtio balloon.
+    Balloon = 10,
 }
 
-/// The version of every kind's layout so far.
-pub(crate) const VERSION: u16 = 1;
+const KINDS: [Kind; 10] = [
+    Kind::Board,
+    Kind::Vcpu,
+    Kind::Irqchip,
+    Kind::Pit,
+    Kind::Clock,
+    Kind::Serial,
+    Kind::Net,
+    Kind::Block,
+    Kind::Rng,
+    Kind::Balloon,
+];
+
 /// The largest record is a vCPU's: 11 KiB of XSAVE area with AMX, MSRs and CPUID; this is ample.
 const RECORD_BYTES_MAX: usize = 1 << 20;
 /// KVM has at most 4,096 vCPUs; the rest of the machine is a handful.
@@ -49,11 +66,24 @@ const RECORDS_MAX: usize = 4096 + 64;
 impl Kind {
     /// The kind with this number.
     pub fn from_number(number: u16) -> Option<Self> {
-        let kinds = [Self::Board, Self::Vcpu, Self::Irqchip, Self::Pit, Self::Clock, Self::Serial, Self::Net];
-        kinds.into_iter().find(|kind| *kind as u16 == number)
+        KINDS.into_iter().find(|kind| *kind as u16 == number)
     }
 
-    fn name(self) -> &'static str {
+    /// The version of its layout that this VMM writes.
+    pub fn version(self) -> u16 {
+        match self {
+            // 2: what each has beside the registers and cards of a virtio device; the virtio devices by kind.
+            Self::Board | Self::Net => 2,
+            _ => 1,
+        }
+    }
+
+    /// Every kind with its version, as a destination is asked whether it knows them.
+    pub fn all() -> impl Iterator<Item = (u16, u16)> {
+        KINDS.into_iter().map(|kind| (kind as u16, kind.version()))
+    }
+
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Board => "board",
             Self::Vcpu => "vcpu",
@@ -62,6 +92,9 @@ impl Kind {
             Self::Clock => "clock",
             Self::Serial => "serial",
             Self::Net => "net",
+            Self::Block => "disk",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
         }
     }
 }
@@ -141,7 +174,7 @@ pub(crate) fn record<T: Serialize>(kind: Kind, instance: u32, body: &T) -> Resul
     let unwritable =
         |error: postcard::Error| RecordError::Body { kind: kind.name(), instance, what: "written", reason: error.to_string() };
     let bytes = postcard::to_allocvec(body).map_err(unwritable)?;
-    Ok(StateRecord { kind: kind as u16, version: VERSION, instance, bytes })
+    Ok(StateRecord { kind: kind as u16, version: kind.version(), instance, bytes })
 }
 
 /// Records to be used up.
@@ -161,8 +194,9 @@ impl Records {
         for record in records {
             let StateRecord { kind: number, version, instance, ref bytes } = record;
             let kind = Kind::from_number(number).ok_or(RecordError::UnknownKind { kind: number, version, instance })?;
-            if version != VERSION {
-                return Err(RecordError::UnknownVersion { kind: kind.name(), instance, version, known: VERSION });
+            let known = kind.version();
+            if version != known {
+                return Err(RecordError::UnknownVersion { kind: kind.name(), instance, version, known });
             }
             if bytes.len() > RECORD_BYTES_MAX {
                 return Err(RecordError::Limit { what: "the size of a record", given: bytes.len(), limit: RECORD_BYTES_MAX });

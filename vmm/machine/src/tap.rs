@@ -39,11 +39,25 @@ pub enum TapError {
     },
 }
 
-/// An open TAP, with virtio-net headers and without offloads. It is gone when this is dropped, unless it is persistent.
+/// What may be left undone in frames that are read from a TAP: the reader does it, or does without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offloads {
+    /// Checksums of TCP and UDP.
+    pub(crate) checksum: bool,
+    /// Segmentation of TCP over IPv4.
+    pub(crate) tso4: bool,
+    /// Segmentation of TCP over IPv6.
+    pub(crate) tso6: bool,
+    /// Segmentation of TCP with ECN.
+    pub(crate) ecn: bool,
+}
+
+/// An open TAP, with virtio-net headers. It is gone when this is dropped, unless it is persistent.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     name: String,
+    offload: bool,
 }
 
 /// An `ifreq`, filled with a name.
@@ -83,7 +97,7 @@ impl Tap {
         // SAFETY: an open descriptor and a complete ifreq.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut ifreq) };
         step(result, name, "TUNSETIFF", "; CAP_NET_ADMIN is needed, and the TAP must not be in use")?;
-        let tap = Self { file, name: name.to_owned() };
+        let tap = Self { file, name: name.to_owned(), offload: true };
         tap.set_frames()?;
         let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("opening a control socket", "")(errno.into()))?;
@@ -102,23 +116,43 @@ impl Tap {
             |errno: nix::errno::Errno| TapError::Step { name: name.to_owned(), what: "fcntl", source: errno.into(), hint: "" };
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?;
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK)).map_err(failed)?;
-        let tap = Self { file: File::from(fd), name: name.to_owned() };
+        let mut tap = Self { file: File::from(fd), name: name.to_owned(), offload: false };
         let mut ifreq = request(name)?;
         // SAFETY: an open descriptor and a complete ifreq, which the kernel fills.
         if unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNGETIFF, &raw mut ifreq) } >= 0 {
+            tap.offload = true;
             tap.set_frames()?;
         }
         Ok(tap)
     }
 
-    /// The header's size, and no offloads: a frame is a whole Ethernet frame, whatever host the guest is moved to.
+    /// The header's size, and no offloads until a driver chooses some.
     fn set_frames(&self) -> Result<(), TapError> {
         let bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: an open descriptor and an int.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
         step(result, &self.name, "TUNSETVNETHDRSZ", "")?;
+        self.set_offloads(Offloads::default())
+    }
+
+    /// Whether frames may be left unfinished: a TAP of the kernel's can, another descriptor cannot.
+    pub(crate) fn can_offload(&self) -> bool {
+        self.offload
+    }
+
+    /// What frames that are read from now on may leave undone. Nothing to be done where nothing can be offloaded.
+    pub(crate) fn set_offloads(&self, offloads: Offloads) -> Result<(), TapError> {
+        if !self.offload {
+            return Ok(());
+        }
+        let Offloads { checksum, tso4, tso6, ecn } = offloads;
+        // linux/if_tun.h: TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN; the last three need the first.
+        let flags = libc::c_ulong::from(checksum)
+            | libc::c_ulong::from(checksum && tso4) << 1
+            | libc::c_ulong::from(checksum && tso6) << 2
+            | libc::c_ulong::from(checksum && ecn && (tso4 || tso6)) << 3;
         // SAFETY: an open descriptor; the argument is a number.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, 0) };
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, flags) };
         step(result, &self.name, "TUNSETOFFLOAD", "")
     }
 

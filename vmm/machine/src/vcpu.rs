@@ -36,6 +36,14 @@ pub enum RunError {
         /// The time it was given, in milliseconds.
         ms: u64,
     },
+    /// A device cannot work here now.
+    #[error("the machine cannot run: {device}: {reason}")]
+    Device {
+        /// The device, as `disk0`.
+        device: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The machine was never booted nor loaded.
     #[error("the machine has nothing to run: boot a kernel or load a state first")]
     Empty,
@@ -277,6 +285,7 @@ impl Runner {
             Ok(VcpuExit::IoOut(port, data)) => match self.bus.pio_write(port, data) {
                 PioOutcome::Done => Step::Again,
                 PioOutcome::Reset => Step::Ended(MachineEvent::Reset { vcpu }),
+                PioOutcome::PowerOff => Step::Ended(MachineEvent::Shutdown { vcpu, reason: "it switched itself off".to_owned() }),
             },
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.bus.pio_read(port, data);

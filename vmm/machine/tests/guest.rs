@@ -65,7 +65,13 @@ fn boot(kernel: &Path, cmdline: &str, mut config: MachineConfig) -> (Machine, Ke
     let kept = Kept::default();
     config.serial = SerialSink::Writer(Box::new(kept.clone()));
     let machine = Machine::new(config).unwrap();
-    machine.boot(&BootConfig { kernel: kernel.to_owned(), initramfs: None, cmdline: cmdline.to_owned() }).unwrap();
+    machine
+        .boot(&BootConfig {
+            kernel: kernel.to_owned(),
+            initramfs: None,
+            cmdline: format!("{cmdline} virtio_mmio.device=4K@0xd0000000:5"),
+        })
+        .unwrap();
     machine.resume().unwrap();
     (machine, kept)
 }
@@ -165,7 +171,7 @@ impl Drop for Namespace {
 
 fn nic(name: &str) -> NicConfig {
     let tap = TapConfig::Name { name: name.to_owned(), bridge: Some("br0".to_owned()) };
-    NicConfig { mac: [2, 0, 0, 9, 8, 2], tap, mtu: 1500 }
+    NicConfig { mac: [2, 0, 0, 9, 8, 2], tap, mtu: 1500, offload: true }
 }
 
 /// Sends datagrams to the guest's UDP echo until `wanted` came back, and returns how many were sent.

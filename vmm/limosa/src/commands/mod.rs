@@ -2,6 +2,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod announce;
+pub(crate) mod console;
 pub(crate) mod host;
 pub(crate) mod jobs;
 pub(crate) mod manual;

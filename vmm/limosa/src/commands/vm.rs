@@ -10,6 +10,7 @@ pub(crate) fn run(context: &Context, command: VmCommand) -> Ended {
         VmCommand::Start { config } => Request::VmStart { config: absolute(&config)? },
         VmCommand::List => Request::VmList,
         VmCommand::Show { vm } => Request::VmShow { vm },
+        VmCommand::Console { vm } => return super::console::run(context, vm),
         VmCommand::Stop { vm } => return context.ask_done(&Request::VmStop { vm }),
     };
     match context.ask(&request)? {

@@ -75,7 +75,7 @@ fn config_text(image: &Path, memory: u64, dirty: u64) -> String {
     let working_set = (memory / 8).clamp(4 << 20, 32 << 20) >> 12 << 12;
     format!(
         "name = \"{NAME}\"\nmemory = {memory}\nkernel = \"{}\"\n\
-         cmdline = \"ip={ADDRESS} ws={working_set} fill=max dirty={dirty} heartbeat=100\"\n\
+         cmdline = \"ip={ADDRESS} ws={working_set} fill=max dirty={dirty} heartbeat=100 virtio_mmio.device=4K@0xd0000000:5\"\n\
          [[nic]]\nmac = \"{MAC}\"\nnetwork = \"lan\"\naddresses = [\"{ADDRESS}\"]\n",
         image.display()
     )

@@ -1,9 +1,10 @@
 //! From a guest's configuration to a machine: NICs with their bridges, the serial line's sink, memory.
 //! It boots nothing and answers nobody; `plugged` does.
 
+use super::console::Console;
 use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
-    BootConfig, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
+    BootConfig, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
@@ -19,12 +20,18 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 
 /// Builds the machine; `bridges` says which bridge each network has on this host, or is none where the VMM runs
 /// without an agent and its NICs may stay unplugged.
-pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)], populate: bool) -> Result<Machine, String> {
+pub(super) fn machine(
+    config: &VmConfig,
+    id: VmId,
+    bridges: &[(String, String)],
+    populate: bool,
+    console: Option<&Console>,
+) -> Result<Machine, String> {
     let mut nics = Vec::new();
     for (index, nic) in config.nics.iter().enumerate() {
         let bridge = bridge_of(nic, bridges)?;
         let tap = TapConfig::Name { name: tap_name(id, index), bridge };
-        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu });
+        nics.push(MachineNic { mac: nic.mac, tap, mtu: nic.mtu, offload: nic.offload });
     }
     let memory = MemoryConfig {
         page_size: if config.huge_pages { PageSize::Huge2M } else { PageSize::Base },
@@ -32,8 +39,9 @@ pub(super) fn machine(config: &VmConfig, id: VmId, bridges: &[(String, String)],
         thp: config.thp,
         ..MemoryConfig::new(config.memory)
     };
-    let serial = serial(&config.serial).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
-    let machine = MachineConfig { nics, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let serial = serial(&config.serial, console).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
+    let (rng, balloon) = (config.rng, config.balloon);
+    let machine = MachineConfig { nics, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
     Machine::new(machine).map_err(|e| words(&e))
 }
 
@@ -76,7 +84,7 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         memory,
         nics: config.nics.iter().map(nic).collect(),
         vmm: VMM_KIND.into(),
-        records: (1..=7).map(|kind| (kind, 1)).collect(),
+        records: Kind::all().collect(),
         config: text.as_bytes().to_vec(),
     })
 }
@@ -92,15 +100,17 @@ pub(super) fn memory(machine: &Machine) -> Result<Vec<(OwnedFd, u64)>, String> {
         .map_err(|e| format!("a memory descriptor cannot be copied: {e}"))
 }
 
-fn serial(serial: &Serial) -> io::Result<SerialSink> {
-    Ok(match serial {
-        Serial::Off => SerialSink::Null,
-        Serial::Stdout => SerialSink::Writer(Box::new(Log::new(io::stdout().as_fd().try_clone_to_owned()?.into()))),
-        Serial::File(path) => {
-            let file = OpenOptions::new().append(true).create(true).open(path)?;
-            SerialSink::Writer(Box::new(Log::new(file)))
-        }
-    })
+fn serial(serial: &Serial, console: Option<&Console>) -> io::Result<SerialSink> {
+    let log: Box<dyn Write + Send> = match serial {
+        Serial::Off if console.is_none() => return Ok(SerialSink::Null),
+        Serial::Off => Box::new(io::sink()),
+        Serial::Stdout => Box::new(Log::new(io::stdout().as_fd().try_clone_to_owned()?.into())),
+        Serial::File(path) => Box::new(Log::new(OpenOptions::new().append(true).create(true).open(path)?)),
+    };
+    Ok(SerialSink::Writer(match console {
+        Some(console) => Box::new(console.tee(log)),
+        None => log,
+    }))
 }
 
 /// A file that never grows beyond [`LOG_BYTES_MAX`]; anything that is no regular file is simply written to.
@@ -166,7 +176,7 @@ mod tests {
 
     #[test]
     fn unknown_networks_are_named() {
-        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500 };
+        let nic = NicConfig { mac: [2; 6], network: "lan".into(), addresses: vec![], vlan: None, mtu: 1500, offload: true };
         assert_eq!(bridge_of(&nic, &[]), Ok(None));
         assert_eq!(bridge_of(&nic, &[("lan".into(), "br0".into())]), Ok(Some("br0".into())));
         let error = bridge_of(&nic, &[("wan".into(), "br1".into())]).unwrap_err();

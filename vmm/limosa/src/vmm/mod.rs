@@ -2,16 +2,20 @@
 //! It has no network socket of its own, its TAPs apart, and knows no other host.
 
 mod build;
+mod console;
 mod plugged;
 
 use crate::args::VmmArgs;
 use crate::commands::Ended as Exit;
+use crate::commands::console::Raw;
+use console::Console;
 use limosa_agent::api::{ApiError, exit};
 use limosa_agent::vm_config::VmConfig;
 use limosa_plug::{Ended, EventSender, ServeOptions, Token, VmState, events, serve};
 use limosa_proto::identity::VmId;
 use plugged::{Plugged, Running};
 use ring::rand::SecureRandom as _;
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,14 +25,29 @@ const AGENT_WAIT_MAX: Duration = Duration::from_secs(20);
 
 pub(crate) fn run(args: &VmmArgs) -> Exit {
     let token = token(args.token.as_deref())?;
+    let path = args.console.as_deref();
+    let console = path.map(|path| {
+        let failed = |e| ApiError::refused("console", format!("the console's socket {} cannot be made: {e}", path.display()));
+        Console::listen(path).map_err(failed)
+    });
+    let console = console.transpose()?;
+    let ended = run_with(args, token, console);
+    if let Some(path) = path {
+        // The agent may have been quicker.
+        let _ = std::fs::remove_file(path);
+    }
+    ended
+}
+
+fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
     let Some(file) = &args.config else {
         let socket = args.plug.clone().ok_or_else(|| ApiError::usage("plug", "--incoming needs --plug"))?;
-        return incoming(socket, token);
+        return incoming(socket, token, console);
     };
     let (config, text) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
     let id = random_id()?;
     let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
-    let running = Running::build(&config, id, &text, &args.bridge, config.populate).map_err(failed)?;
+    let running = Running::build(&config, id, &text, &args.bridge, config.populate, console).map_err(failed)?;
     build::boot(&running.machine, &config).map_err(failed)?;
     running.machine.resume().map_err(|e| failed(build::words(&e)))?;
     tracing::info!(vm = config.name, %id, memory = config.memory, vcpus = config.vcpus, "the guest runs");
@@ -43,12 +62,12 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
                 state: VmState::Running,
                 first_contact_time_max: None,
             };
-            plug_in(&options, Some(running))
+            plug_in(&options, Some(running), None)
         }
     }
 }
 
-fn incoming(socket: PathBuf, token: Token) -> Exit {
+fn incoming(socket: PathBuf, token: Token, console: Option<Console>) -> Exit {
     let options = ServeOptions {
         socket,
         token,
@@ -57,15 +76,15 @@ fn incoming(socket: PathBuf, token: Token) -> Exit {
         state: VmState::Waiting,
         first_contact_time_max: Some(AGENT_WAIT_MAX),
     };
-    plug_in(&options, None)
+    plug_in(&options, None, console)
 }
 
-fn plug_in(options: &ServeOptions, running: Option<Running>) -> Exit {
+fn plug_in(options: &ServeOptions, running: Option<Running>, console: Option<Console>) -> Exit {
     let failed = |words: String| ApiError::refused("plug", words);
     let (sender, receiver): (EventSender, _) = events().map_err(|e| failed(e.to_string()))?;
     // Kept until `serve` returns: when every sender is gone it would end.
     let keep = sender.clone();
-    let mut plugged = Plugged::new(running, sender);
+    let mut plugged = Plugged::new(running, sender, console);
     let ended = serve(options, &mut plugged, &receiver).map_err(|e| failed(e.to_string()))?;
     drop(keep);
     match ended {
@@ -80,6 +99,20 @@ fn plug_in(options: &ServeOptions, running: Option<Running>) -> Exit {
 
 /// Runs the guest without an agent until it stops.
 fn alone(running: Running) -> Exit {
+    let stdin = std::io::stdin();
+    // Where the serial line is on this terminal, what is typed here goes to the guest.
+    let raw = Raw::begin(&stdin);
+    if raw.is_some() {
+        let machine = Arc::downgrade(&running.machine);
+        std::thread::spawn(move || {
+            let mut bytes = [0; 64];
+            while let Ok(count @ 1..) = std::io::stdin().read(&mut bytes) {
+                let Some(machine) = machine.upgrade() else { return };
+                // What a guest that does not read has no room for is lost, as on a serial line.
+                machine.serial_input(bytes.get(..count).unwrap_or_default());
+            }
+        });
+    }
     let words = plugged::stopped(&Arc::downgrade(&running.machine)).unwrap_or_default();
     tracing::info!(words, "the guest stopped");
     Ok(exit::DONE)

@@ -2,6 +2,7 @@
 //! The socket and the order of requests are `limosa_plug`'s; what a machine is made of is in `build`.
 
 use super::build;
+use super::console::Console;
 use limosa_agent::vm_config::{Serial, VmConfig};
 use limosa_machine::{Machine, MachineEvent, StateRecord};
 use limosa_plug::{DirtyBitmap, EventSender, Vmm, VmmDescription, VmmEvent};
@@ -26,6 +27,8 @@ pub(super) struct Running {
 pub(super) struct Plugged {
     running: Option<Running>,
     events: EventSender,
+    /// For the machine that is expected.
+    console: Option<Console>,
 }
 
 impl Running {
@@ -36,10 +39,14 @@ impl Running {
         text: &str,
         bridges: &[(String, String)],
         populate: bool,
+        console: Option<Console>,
     ) -> Result<Running, String> {
-        let machine = build::machine(config, id, bridges, populate)?;
+        let machine = Arc::new(build::machine(config, id, bridges, populate, console.as_ref())?);
         let description = build::describe(&machine, config, id, text)?;
-        Ok(Running { machine: Arc::new(machine), description })
+        if let Some(console) = console {
+            console.serve(Arc::downgrade(&machine)).map_err(|e| format!("no thread for the console: {e}"))?;
+        }
+        Ok(Running { machine, description })
     }
 
     fn described(&self) -> Result<VmmDescription, String> {
@@ -49,8 +56,8 @@ impl Running {
 
 impl Plugged {
     /// For a machine that runs already, or for one that comes from another host.
-    pub(super) fn new(running: Option<Running>, events: EventSender) -> Plugged {
-        let plugged = Plugged { running, events };
+    pub(super) fn new(running: Option<Running>, events: EventSender, console: Option<Console>) -> Plugged {
+        let plugged = Plugged { running, events, console };
         if let Some(running) = &plugged.running {
             plugged.watch(&running.machine);
         }
@@ -126,7 +133,7 @@ impl Vmm for Plugged {
     fn prepare(&mut self, description: &VmDescription, bridges: &[(String, String)]) -> Result<VmmDescription, String> {
         let (config, text) = incoming_config(description)?;
         // The agent populates the memory through its own mapping, when its configuration says so.
-        let running = Running::build(&config, description.id, &text, bridges, false)?;
+        let running = Running::build(&config, description.id, &text, bridges, false, self.console.take())?;
         if !same_shape(&running.description.memory, &description.memory) {
             return Err("this VMM lays memory out in another way than the source's".into());
         }

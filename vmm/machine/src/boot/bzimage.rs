@@ -7,7 +7,7 @@ use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BOOT_DATA, BootError, CMDLINE, Entry, HIGH_START, memory_map, no_room, place_initramfs, write_cmdline};
+use super::{BOOT_DATA, BootError, CMDLINE, Entry, HIGH_START, acpi, memory_map, no_room, place_initramfs, write_cmdline};
 use crate::memory::GuestRam;
 
 /// The 32-bit protocol with `initrd_addr_max` and `cmdline_size` is of 2.06; older kernels are of 2007.
@@ -55,7 +55,7 @@ pub(super) fn load(
 }
 
 fn write_zero_page(ram: &GuestRam, hdr: setup_header) -> Result<(), BootError> {
-    let params = boot_params { hdr, ..Default::default() };
+    let params = boot_params { hdr, acpi_rsdp_addr: acpi::RSDP, ..Default::default() };
     ram.write_obj(params, GuestAddress(BOOT_DATA)).map_err(no_room("the zero page"))?;
     let map = memory_map(ram);
     let mut table = Vec::new();

@@ -3,6 +3,7 @@
 //! Two kinds of image, told apart by content: an ELF with a Xen PVH note, and a Linux bzImage by its 32-bit protocol. Both
 //! are entered in 32-bit protected mode without paging, on flat segments.
 
+mod acpi;
 mod bzimage;
 mod mptable;
 mod pvh;
@@ -39,7 +40,7 @@ pub struct BootConfig {
     pub kernel: PathBuf,
     /// An initial RAM file system.
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line; the machine appends its virtio devices.
+    /// The kernel's command line, as it is: the machine's devices are in its ACPI tables.
     pub cmdline: String,
 }
 
@@ -125,13 +126,13 @@ fn no_room<E>(what: &'static str) -> impl FnOnce(E) -> BootError {
 }
 
 /// Loads kernel, initramfs and tables into `ram`, and sets the first vCPU's registers.
-pub(crate) fn boot(ram: &GuestRam, first: &VcpuFd, vcpus: u32, config: &BootConfig, cmdline: &str) -> Result<(), BootError> {
-    let entry = load(ram, vcpus, config, cmdline)?;
+pub(crate) fn boot(ram: &GuestRam, first: &VcpuFd, vcpus: u32, devices: usize, config: &BootConfig) -> Result<(), BootError> {
+    let entry = load(ram, vcpus, devices, config)?;
     set_registers(first, entry)
 }
 
-fn load(ram: &GuestRam, vcpus: u32, config: &BootConfig, cmdline: &str) -> Result<Entry, BootError> {
-    let path = &config.kernel;
+fn load(ram: &GuestRam, vcpus: u32, devices: usize, config: &BootConfig) -> Result<Entry, BootError> {
+    let (path, cmdline) = (&config.kernel, config.cmdline.trim());
     let unreadable = |source| BootError::File { what: "kernel", path: path.clone(), source };
     let mut file = File::open(path).map_err(unreadable)?;
     let mut head = Vec::new();
@@ -139,6 +140,7 @@ fn load(ram: &GuestRam, vcpus: u32, config: &BootConfig, cmdline: &str) -> Resul
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
     write_gdt(ram)?;
     mptable::write(ram, vcpus)?;
+    acpi::write(ram, vcpus, devices)?;
     let initramfs = config.initramfs.as_deref();
     if head.starts_with(b"\x7fELF") {
         pvh::load(ram, path, &mut file, initramfs, cmdline)

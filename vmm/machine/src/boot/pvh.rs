@@ -7,7 +7,7 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BOOT_DATA, BootError, CMDLINE, CMDLINE_BYTES_MAX, Entry, memory_map, no_room, place_initramfs, write_cmdline};
+use super::{BOOT_DATA, BootError, CMDLINE, CMDLINE_BYTES_MAX, Entry, acpi, memory_map, no_room, place_initramfs, write_cmdline};
 use crate::memory::GuestRam;
 
 const START_INFO: u64 = BOOT_DATA;
@@ -38,7 +38,7 @@ pub(super) fn load(
     for word in [MAGIC, VERSION, 0, u32::from(module.is_some())] {
         info.extend(word.to_le_bytes());
     }
-    for address in [if module.is_some() { MODULE_LIST } else { 0 }, CMDLINE, 0, MEMORY_MAP] {
+    for address in [if module.is_some() { MODULE_LIST } else { 0 }, CMDLINE, acpi::RSDP, MEMORY_MAP] {
         info.extend(address.to_le_bytes());
     }
     info.extend((map.len() as u64).to_le_bytes());

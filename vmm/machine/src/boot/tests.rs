@@ -67,9 +67,9 @@ fn try_load(image: &[u8], initramfs: Option<&[u8]>, cmdline: &str) -> (Ram, Resu
     let config = BootConfig {
         kernel: kernel.path().to_owned(),
         initramfs: initramfs.as_ref().map(|file| file.path().to_owned()),
-        cmdline: String::new(),
+        cmdline: cmdline.to_owned(),
     };
-    let entry = load(ram.guest(), 2, &config, cmdline);
+    let entry = load(ram.guest(), 2, 0, &config);
     (ram, entry)
 }
 
@@ -131,5 +131,5 @@ fn what_cannot_be_booted_is_refused_in_words() {
     }
     let config = BootConfig { kernel: "/nonexistent".into(), initramfs: None, cmdline: String::new() };
     let ram = Ram::new(&MemoryConfig::new(16 << 20)).unwrap();
-    assert!(matches!(load(ram.guest(), 1, &config, ""), Err(BootError::File { what: "kernel", .. })));
+    assert!(matches!(load(ram.guest(), 1, 0, &config), Err(BootError::File { what: "kernel", .. })));
 }

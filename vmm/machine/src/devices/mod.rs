@@ -1,6 +1,9 @@
-//! The devices of a machine, one a file; each declares its record. Not where they are: that is `bus.rs`.
+//! The devices of the machine, one a file, and what virtio devices share.
 
+pub(crate) mod balloon;
 pub(crate) mod net;
 pub(crate) mod queue;
+pub(crate) mod rng;
 pub(crate) mod serial;
 pub(crate) mod transport;
+pub(crate) mod worker;

@@ -55,6 +55,37 @@ pub(crate) struct Chain {
     pub(crate) segments: Vec<Segment>,
 }
 
+impl Chain {
+    /// Copies what the driver offers to be read into `into`; how many bytes that were, or none if there is no room for them.
+    pub(crate) fn read(&self, ram: &GuestRam, into: &mut [u8]) -> Result<Option<usize>, QueueError> {
+        let mut bytes = 0_usize;
+        for segment in self.segments.iter().filter(|segment| !segment.writable) {
+            let end = bytes.saturating_add(segment.bytes as usize);
+            let Some(part) = into.get_mut(bytes..end) else { return Ok(None) };
+            ram.read_slice(part, GuestAddress(segment.address)).map_err(memory(segment.address))?;
+            bytes = end;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Copies as much of `from` as there is room for to where the driver lets the device write; how many bytes that were.
+    pub(crate) fn write(&self, ram: &GuestRam, from: &[u8]) -> Result<usize, QueueError> {
+        let mut rest = from;
+        for segment in self.segments.iter().filter(|segment| segment.writable) {
+            let (part, left) = rest.split_at(rest.len().min(segment.bytes as usize));
+            ram.write_slice(part, GuestAddress(segment.address)).map_err(memory(segment.address))?;
+            rest = left;
+        }
+        Ok(from.len() - rest.len())
+    }
+
+    /// How many bytes the device may write.
+    pub(crate) fn room(&self) -> usize {
+        // The sum of a chain is checked to be below 4 GiB.
+        self.segments.iter().filter(|segment| segment.writable).map(|segment| segment.bytes as usize).sum()
+    }
+}
+
 /// A queue: as set up, and how far the device is. All of it is saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Queue {
@@ -153,13 +184,25 @@ impl Queue {
         }
     }
 
+    /// Puts the last `chains` that were taken back, as if they had not been.
+    pub(crate) fn put_back(&mut self, chains: u16) {
+        self.next_avail = self.next_avail.wrapping_sub(chains);
+    }
+
     /// Gives a chain back, with so many bytes written to it.
     pub(crate) fn push_used(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), QueueError> {
-        let slot = self.used.wrapping_add(4 + 8 * u64::from(self.next_used % self.size.max(1)));
-        let element = u64::from(head) | u64::from(written) << 32;
-        ram.write_obj(element.to_le(), GuestAddress(slot)).map_err(memory(slot))?;
-        self.next_used = self.next_used.wrapping_add(1);
-        // Release: the driver sees the element, and the data in it, before the index.
+        self.push_all_used(ram, &[(head, written)])
+    }
+
+    /// Gives chains back, each with so many bytes written to it; the driver sees all of them at once.
+    pub(crate) fn push_all_used(&mut self, ram: &GuestRam, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        for (head, written) in chains {
+            let slot = self.used.wrapping_add(4 + 8 * u64::from(self.next_used % self.size.max(1)));
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            ram.write_obj(element.to_le(), GuestAddress(slot)).map_err(memory(slot))?;
+            self.next_used = self.next_used.wrapping_add(1);
+        }
+        // Release: the driver sees the elements, and the data in them, before the index.
         ram.store(self.next_used.to_le(), GuestAddress(self.used.wrapping_add(2)), Ordering::Release).map_err(memory(self.used))
     }
 

@@ -1,21 +1,25 @@
 //! virtio-mmio, version 2: the registers of one device. Not what the device does with its queues.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use super::queue::{QUEUE_SIZE_MAX, Queue, QueueError};
+use super::worker::Model;
 use crate::memory::GuestRam;
 
 /// VIRTIO_F_VERSION_1.
 pub(crate) const FEATURE_VERSION_1: u64 = 1 << 32;
 
 pub(crate) const QUEUE_NOTIFY: u64 = 0x50;
+const CONFIG_GENERATION: u64 = 0xfc;
 const CONFIG: u64 = 0x100;
 const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_NEEDS_RESET: u32 = 64;
 const STATUS_BITS: u32 = 0xcf;
 pub(crate) const INTERRUPT_USED: u32 = 1;
-const INTERRUPT_CONFIG: u32 = 2;
+pub(crate) const INTERRUPT_CONFIG: u32 = 2;
 
 /// Why a saved device does not fit this one.
 #[derive(Debug, thiserror::Error)]
@@ -24,10 +28,14 @@ pub(crate) enum TransportError {
     Features { used: u64, offered: u64 },
     #[error("it has {given} queues, this device {needed}")]
     Queues { given: usize, needed: usize },
-    #[error("its configuration (MAC, MTU) is {given:02x?}, this device's {here:02x?}")]
+    #[error("it is another kind of device: {given}, not {here}")]
+    Kind { given: u32, here: u32 },
+    #[error("its configuration (MAC, MTU, size) is {given:02x?}, this device's {here:02x?}")]
     Config { given: Vec<u8>, here: Vec<u8> },
     #[error("queue {queue}: {source}")]
     Queue { queue: usize, source: QueueError },
+    #[error("{0}")]
+    Extra(String),
 }
 
 /// What a register write asks of the device.
@@ -43,7 +51,7 @@ pub(crate) enum Request {
     Broken(&'static str),
 }
 
-/// The registers of a device; also its record, version 1.
+/// The registers of a device; also the first part of its record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Transport {
     device_id: u32,
@@ -55,23 +63,68 @@ pub(crate) struct Transport {
     queue_select: u32,
     status: u32,
     interrupt_status: u32,
+    config_generation: u32,
     pub(crate) queues: Vec<Queue>,
+    #[serde(skip)]
+    config_writable: Range<usize>,
+    /// How often the driver reset the device: chains from before a reset are nobody's any more.
+    #[serde(skip)]
+    resets: u64,
 }
 
 impl Transport {
-    pub(crate) fn new(device_id: u32, features: u64, config: Vec<u8>, queues: usize) -> Self {
+    pub(crate) fn new(model: &Model) -> Self {
         Self {
-            device_id,
-            offered: features | FEATURE_VERSION_1,
-            config,
+            device_id: model.device_id,
+            offered: model.features | FEATURE_VERSION_1,
+            config: model.config.clone(),
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
             status: 0,
             interrupt_status: 0,
-            queues: vec![Queue::default(); queues],
+            config_generation: 0,
+            queues: vec![Queue::default(); model.queues],
+            config_writable: model.config_writable.clone(),
+            resets: 0,
         }
+    }
+
+    /// The features that the driver chose; of use once the device is live.
+    pub(crate) fn driver_features(&self) -> u64 {
+        self.driver_features
+    }
+
+    /// The configuration space as it is.
+    #[cfg(test)]
+    pub(crate) fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// How often the driver reset the device since it was made here.
+    pub(crate) fn resets(&self) -> u64 {
+        self.resets
+    }
+
+    /// Changes bytes of the configuration space.
+    pub(crate) fn change_config(&mut self, at: usize, bytes: &[u8]) {
+        for (to, from) in self.config.iter_mut().skip(at).zip(bytes) {
+            *to = *from;
+        }
+        self.config_generation = self.config_generation.wrapping_add(1);
+    }
+
+    /// What the driver writes where it may, it reads back; all else is ignored.
+    fn write_config(&mut self, start: u64, data: &[u8]) -> Request {
+        let Ok(start) = usize::try_from(start) else { return Request::None };
+        let places = (start..).zip(data).filter(|(at, _)| self.config_writable.contains(at));
+        for (at, byte) in places {
+            if let Some(to) = self.config.get_mut(at) {
+                *to = *byte;
+            }
+        }
+        Request::None
     }
 
     /// The driver is up and the device not broken.
@@ -116,6 +169,7 @@ impl Transport {
             0x44 => self.queue().map_or(0, |queue| u32::from(queue.ready)),
             0x60 => self.interrupt_status,
             0x70 => self.status,
+            CONFIG_GENERATION => self.config_generation,
             _ => 0,
         };
         // Registers are 32 bits wide, and only read so.
@@ -127,6 +181,9 @@ impl Transport {
     }
 
     pub(crate) fn write(&mut self, ram: &GuestRam, offset: u64, data: &[u8]) -> Request {
+        if let Some(start) = offset.checked_sub(CONFIG) {
+            return self.write_config(start, data);
+        }
         let Ok(bytes) = <[u8; 4]>::try_from(data) else { return Request::None };
         let value = u32::from_le_bytes(bytes);
         match offset {
@@ -147,8 +204,19 @@ impl Transport {
 
     fn set_status(&mut self, value: u32) -> Request {
         if value == 0 {
-            let fresh = Self::new(self.device_id, self.offered, std::mem::take(&mut self.config), self.queues.len());
-            *self = fresh;
+            *self = Self {
+                device_features_select: 0,
+                driver_features_select: 0,
+                driver_features: 0,
+                queue_select: 0,
+                status: 0,
+                interrupt_status: 0,
+                queues: vec![Queue::default(); self.queues.len()],
+                config: std::mem::take(&mut self.config),
+                config_writable: self.config_writable.clone(),
+                resets: self.resets.wrapping_add(1),
+                ..*self
+            };
             return Request::Changed;
         }
         let was_live = self.is_live();
@@ -188,21 +256,32 @@ impl Transport {
     }
 
     /// Takes over a saved device, if it is the same device, and if what it says of its queues is possible.
-    pub(crate) fn load(&mut self, ram: &GuestRam, record: Self) -> Result<(), TransportError> {
+    ///
+    /// `takes` says whether a saved configuration space (second) may stand for this device's own (first).
+    pub(crate) fn load(
+        &mut self,
+        ram: &GuestRam,
+        record: Self,
+        takes: impl FnOnce(&[u8], &[u8]) -> bool,
+    ) -> Result<(), TransportError> {
+        if record.device_id != self.device_id {
+            return Err(TransportError::Kind { given: record.device_id, here: self.device_id });
+        }
         if record.driver_features & !self.offered != 0 {
             return Err(TransportError::Features { used: record.driver_features, offered: self.offered });
         }
         if record.queues.len() != self.queues.len() {
             return Err(TransportError::Queues { given: record.queues.len(), needed: self.queues.len() });
         }
-        if record.config != self.config || record.device_id != self.device_id {
+        if record.config.len() != self.config.len() || !takes(&self.config, &record.config) {
             return Err(TransportError::Config { given: record.config, here: self.config.clone() });
         }
         for (queue, state) in record.queues.iter().enumerate().filter(|(_, state)| state.ready) {
             state.check(ram).map_err(|source| TransportError::Queue { queue, source })?;
         }
         let status = record.status & STATUS_BITS;
-        *self = Self { offered: self.offered, status, ..record };
+        let config_writable = std::mem::take(&mut self.config_writable);
+        *self = Self { offered: self.offered, status, config_writable, resets: self.resets, ..record };
         Ok(())
     }
 }
@@ -256,7 +335,12 @@ pub(crate) mod tests {
     }
 
     fn device() -> Transport {
-        Transport::new(1, 1 << 5 | 1 << 3, vec![2, 0, 0, 0, 0, 1], 2)
+        let config = vec![2, 0, 0, 0, 0, 1, 0, 0];
+        Transport::new(&Model { device_id: 1, features: 1 << 5 | 1 << 3, config, config_writable: 6..7, queues: 2 })
+    }
+
+    fn equal(ours: &[u8], theirs: &[u8]) -> bool {
+        ours == theirs
     }
 
     #[test]
@@ -273,12 +357,12 @@ pub(crate) mod tests {
         transport.set_interrupt(INTERRUPT_USED);
         let bytes = postcard::to_allocvec(&transport).unwrap();
         let mut moved = device();
-        moved.load(ram.guest(), postcard::from_bytes(&bytes).unwrap()).unwrap();
-        assert_eq!(moved, transport);
+        moved.load(ram.guest(), postcard::from_bytes(&bytes).unwrap(), equal).unwrap();
+        assert_eq!(moved, Transport { resets: 0, ..transport });
         moved.write(ram.guest(), 0x64, &1_u32.to_le_bytes());
         assert!(!moved.has_interrupt());
         moved.write(ram.guest(), 0x70, &0_u32.to_le_bytes());
-        assert_eq!(moved, device());
+        assert_eq!(moved, Transport { resets: 1, ..device() });
     }
 
     #[test]
@@ -290,13 +374,13 @@ pub(crate) mod tests {
         });
         let mut other_mac = device();
         other_mac.config[5] = 9;
-        assert!(matches!(other_mac.load(ram.guest(), saved.clone()), Err(TransportError::Config { .. })));
+        assert!(matches!(other_mac.load(ram.guest(), saved.clone(), equal), Err(TransportError::Config { .. })));
         let mut poorer = Transport { offered: FEATURE_VERSION_1, ..device() };
-        assert!(matches!(poorer.load(ram.guest(), saved.clone()), Err(TransportError::Features { .. })));
+        assert!(matches!(poorer.load(ram.guest(), saved.clone(), equal), Err(TransportError::Features { .. })));
         saved.queues[1].used = 1 << 40;
-        assert!(matches!(device().load(ram.guest(), saved.clone()), Err(TransportError::Queue { queue: 1, .. })));
+        assert!(matches!(device().load(ram.guest(), saved.clone(), equal), Err(TransportError::Queue { queue: 1, .. })));
         saved.queues.pop();
-        assert!(matches!(device().load(ram.guest(), saved), Err(TransportError::Queues { .. })));
+        assert!(matches!(device().load(ram.guest(), saved, equal), Err(TransportError::Queues { .. })));
     }
 
     #[test]
@@ -312,5 +396,18 @@ pub(crate) mod tests {
         transport.read(0xfff, &mut [0; 8]);
         transport.write(ram.guest(), 0x30, &u32::MAX.to_le_bytes());
         assert_eq!((read(&transport, 0x34), read(&transport, 0x44)), (0, 0));
+    }
+
+    #[test]
+    fn the_driver_writes_only_where_it_may_and_is_told_of_changes() {
+        let ram = Ram::new(&MemoryConfig::new(4 << 20)).unwrap();
+        let mut transport = device();
+        for offset in [0x104, 0x106, 0x108, 0x1_0000_0000, u64::MAX] {
+            transport.write(ram.guest(), offset, &[9; 4]);
+        }
+        assert_eq!(transport.config(), [2, 0, 0, 0, 0, 1, 9, 0]);
+        let before = read(&transport, 0xfc);
+        transport.change_config(7, &[5, 6]);
+        assert_eq!((transport.config()[7], read(&transport, 0xfc)), (5, before + 1));
     }
 }

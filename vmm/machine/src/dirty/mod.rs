@@ -66,10 +66,12 @@ impl DirtyTracker {
         if *on {
             return Ok(());
         }
+        // Links pin the pages that they send: from now on no page is replaced by a hole.
+        self.ram.hold_back(true);
         for region in self.ram.guest().iter() {
             memory::take_vmm_writes(region);
         }
-        self.log.start()?;
+        self.log.start().inspect_err(|_| self.ram.hold_back(false))?;
         *on = true;
         Ok(())
     }
@@ -79,6 +81,7 @@ impl DirtyTracker {
         let mut on = self.lock();
         if *on {
             self.log.stop()?;
+            self.ram.hold_back(false);
             *on = false;
         }
         Ok(())
