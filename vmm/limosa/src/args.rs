@@ -147,6 +147,12 @@ pub(crate) struct VmmArgs {
     /// What the agent knows this process by
     #[arg(long, value_name = "HEX", requires = "plug", hide = true)]
     pub(crate) token: Option<String>,
+    /// Fence this process in by seccomp and Landlock (the default)
+    #[arg(long, overrides_with = "no_sandbox")]
+    pub(crate) sandbox: bool,
+    /// Do not: only to find out whether the fences are the trouble
+    #[arg(long, overrides_with = "sandbox")]
+    pub(crate) no_sandbox: bool,
     /// Where to make the socket of the guest's serial line
     #[arg(long, value_name = "SOCKET")]
     pub(crate) console: Option<PathBuf>,

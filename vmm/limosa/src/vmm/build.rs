@@ -2,6 +2,7 @@
 //! It boots nothing and answers nobody; `plugged` does.
 
 use super::console::Console;
+use super::sandbox::{self, Files};
 use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
     BootConfig, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
@@ -17,6 +18,16 @@ use std::os::fd::{AsFd as _, OwnedFd};
 pub(super) const VMM_KIND: &str = "limosa";
 /// A guest's serial log is emptied when it has grown to this size, so that a chatty guest does not fill the disk.
 const LOG_BYTES_MAX: u64 = 64 << 20;
+
+/// The files that a VMM of this guest opens.
+pub(super) fn files(config: &VmConfig) -> Result<Files, String> {
+    let mut files = Files::of_a_machine();
+    files.read.extend(std::iter::once(config.kernel.clone()).chain(config.initramfs.clone()));
+    if let Serial::File(path) = &config.serial {
+        files.write.push(sandbox::touched(path)?);
+    }
+    Ok(files)
+}
 
 /// Builds the machine; `bridges` says which bridge each network has on this host, or is none where the VMM runs
 /// without an agent and its NICs may stay unplugged.

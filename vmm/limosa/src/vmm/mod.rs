@@ -4,6 +4,7 @@
 mod build;
 mod console;
 mod plugged;
+mod sandbox;
 
 use crate::args::VmmArgs;
 use crate::commands::Ended as Exit;
@@ -42,12 +43,13 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
 fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
     let Some(file) = &args.config else {
         let socket = args.plug.clone().ok_or_else(|| ApiError::usage("plug", "--incoming needs --plug"))?;
-        return incoming(socket, token, console);
+        return incoming(socket, token, (console, !args.no_sandbox));
     };
     let (config, text) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
     let id = random_id()?;
     let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
-    let running = Running::build(&config, id, &text, &args.bridge, config.populate, console).map_err(failed)?;
+    let running =
+        Running::build(&config, id, &text, &args.bridge, config.populate, (console, !args.no_sandbox)).map_err(failed)?;
     build::boot(&running.machine, &config).map_err(failed)?;
     running.machine.resume().map_err(|e| failed(build::words(&e)))?;
     tracing::info!(vm = config.name, %id, memory = config.memory, vcpus = config.vcpus, "the guest runs");
@@ -62,12 +64,12 @@ fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
                 state: VmState::Running,
                 first_contact_time_max: None,
             };
-            plug_in(&options, Some(running), None)
+            plug_in(&options, Some(running), (None, false))
         }
     }
 }
 
-fn incoming(socket: PathBuf, token: Token, console: Option<Console>) -> Exit {
+fn incoming(socket: PathBuf, token: Token, expected: (Option<Console>, bool)) -> Exit {
     let options = ServeOptions {
         socket,
         token,
@@ -76,15 +78,15 @@ fn incoming(socket: PathBuf, token: Token, console: Option<Console>) -> Exit {
         state: VmState::Waiting,
         first_contact_time_max: Some(AGENT_WAIT_MAX),
     };
-    plug_in(&options, None, console)
+    plug_in(&options, None, expected)
 }
 
-fn plug_in(options: &ServeOptions, running: Option<Running>, console: Option<Console>) -> Exit {
+fn plug_in(options: &ServeOptions, running: Option<Running>, expected: (Option<Console>, bool)) -> Exit {
     let failed = |words: String| ApiError::refused("plug", words);
     let (sender, receiver): (EventSender, _) = events().map_err(|e| failed(e.to_string()))?;
     // Kept until `serve` returns: when every sender is gone it would end.
     let keep = sender.clone();
-    let mut plugged = Plugged::new(running, sender, console);
+    let mut plugged = Plugged::new(running, sender, expected);
     let ended = serve(options, &mut plugged, &receiver).map_err(|e| failed(e.to_string()))?;
     drop(keep);
     match ended {

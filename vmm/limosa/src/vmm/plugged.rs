@@ -3,6 +3,7 @@
 
 use super::build;
 use super::console::Console;
+use super::sandbox;
 use limosa_agent::vm_config::{Serial, VmConfig};
 use limosa_machine::{Machine, MachineEvent, StateRecord};
 use limosa_plug::{DirtyBitmap, EventSender, Vmm, VmmDescription, VmmEvent};
@@ -29,22 +30,29 @@ pub(super) struct Plugged {
     events: EventSender,
     /// For the machine that is expected.
     console: Option<Console>,
+    fenced: bool,
 }
 
 impl Running {
-    /// Builds the machine of `config`; it neither boots nor runs yet.
+    /// Builds the machine of `config`, behind its fences; it neither boots nor runs yet.
     pub(super) fn build(
         config: &VmConfig,
         id: VmId,
         text: &str,
         bridges: &[(String, String)],
         populate: bool,
-        console: Option<Console>,
+        (console, fenced): (Option<Console>, bool),
     ) -> Result<Running, String> {
+        if fenced {
+            sandbox::restrict_files(&build::files(config)?)?;
+        }
         let machine = Arc::new(build::machine(config, id, bridges, populate, console.as_ref())?);
         let description = build::describe(&machine, config, id, text)?;
         if let Some(console) = console {
             console.serve(Arc::downgrade(&machine)).map_err(|e| format!("no thread for the console: {e}"))?;
+        }
+        if fenced {
+            sandbox::restrict_calls()?;
         }
         Ok(Running { machine, description })
     }
@@ -56,8 +64,9 @@ impl Running {
 
 impl Plugged {
     /// For a machine that runs already, or for one that comes from another host.
-    pub(super) fn new(running: Option<Running>, events: EventSender, console: Option<Console>) -> Plugged {
-        let plugged = Plugged { running, events, console };
+    /// `console` and whether it is fenced in are for the latter.
+    pub(super) fn new(running: Option<Running>, events: EventSender, (console, fenced): (Option<Console>, bool)) -> Plugged {
+        let plugged = Plugged { running, events, console, fenced };
         if let Some(running) = &plugged.running {
             plugged.watch(&running.machine);
         }
@@ -133,7 +142,7 @@ impl Vmm for Plugged {
     fn prepare(&mut self, description: &VmDescription, bridges: &[(String, String)]) -> Result<VmmDescription, String> {
         let (config, text) = incoming_config(description)?;
         // The agent populates the memory through its own mapping, when its configuration says so.
-        let running = Running::build(&config, description.id, &text, bridges, false, self.console.take())?;
+        let running = Running::build(&config, description.id, &text, bridges, false, (self.console.take(), self.fenced))?;
         if !same_shape(&running.description.memory, &description.memory) {
             return Err("this VMM lays memory out in another way than the source's".into());
         }
