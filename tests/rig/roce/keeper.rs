@@ -9,7 +9,7 @@ use crate::netns::{self, Netns};
 use crate::process::{self, Process};
 use crate::roce::kernel::{self, Kernel};
 use crate::roce::machine::Machine;
-use crate::roce::{Spec, shell_quoted};
+use crate::roce::{CPU_MODEL, Spec, shell_quoted};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
@@ -292,7 +292,7 @@ impl Keeper {
             machine.ip, machine.ip6, machine.mac, machine.control
         );
         let (cpus, memory) = (self.spec.cpus.to_string(), self.spec.memory_mib);
-        let cpu = self.spec.cpu_models.get(usize::from(number) - 1).map_or("max", String::as_str);
+        let cpu = self.spec.cpu_models.get(usize::from(number) - 1).map_or(CPU_MODEL, String::as_str);
         let mut command = netns.command("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", &cpus]);

@@ -27,6 +27,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
+/// The usual processor. Without XSAVE: QEMU's emulation of SVM (7.2) does not tell KVM when a guest sets XCR0, so that KVM would
+/// run it with another one, and it would die of that sooner or later.
+pub const CPU_MODEL: &str = "max,-xsave";
+
 /// How a lab is made.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
@@ -51,7 +55,7 @@ impl Spec {
     /// There is no target folder.
     pub fn new() -> Result<Spec> {
         let folder = runs_folder()?;
-        let cpu_models = ["max".to_owned(), "max".to_owned()];
+        let cpu_models = [CPU_MODEL.to_owned(), CPU_MODEL.to_owned()];
         Ok(Spec { memory_mib: 3072, cpus: 1, cpu_models, limit_seconds: 1800, folder, register: None })
     }
 }
