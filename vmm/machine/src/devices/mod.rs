@@ -7,3 +7,6 @@ pub(crate) mod rng;
 pub(crate) mod serial;
 pub(crate) mod transport;
 pub(crate) mod worker;
+
+#[cfg(test)]
+mod hostile_tests;
