@@ -238,6 +238,7 @@ impl End {
             vcpus: 1,
             memory: memory.memory_map().clone(),
             nics: vec![],
+            disks: vec![],
             vmm: "bench".into(),
             records: vec![],
             config: vec![],

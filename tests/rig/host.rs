@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,10 @@ pub struct AgentConfig {
     pub quic: BTreeMap<String, String>,
     /// Keys of `[rdma]`.
     pub rdma: BTreeMap<String, String>,
+    /// Keys of `[storage]`.
+    pub storage: BTreeMap<String, String>,
+    /// A folder that the agent and its VMMs see at the place of another: (which, where).
+    pub bind: Option<(PathBuf, PathBuf)>,
 }
 
 impl Default for AgentConfig {
@@ -51,6 +55,8 @@ impl Default for AgentConfig {
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
+            storage: BTreeMap::new(),
+            bind: None,
         }
     }
 }
@@ -79,6 +85,18 @@ impl AgentConfig {
         self
     }
 
+    /// Lets images of incoming guests lie in this folder.
+    pub fn shares(mut self, folder: &Path) -> AgentConfig {
+        self.storage.insert("shared".into(), format!("[{folder:?}]"));
+        self
+    }
+
+    /// Has the agent and its VMMs see the folder `which` at the place of the folder `at`.
+    pub fn sees(mut self, which: &Path, at: &Path) -> AgentConfig {
+        self.bind = Some((which.to_owned(), at.to_owned()));
+        self
+    }
+
     /// Sets the allow-list.
     pub fn peers(mut self, peers: &[&str]) -> AgentConfig {
         self.peers = peers.iter().map(|p| (*p).to_owned()).collect();
@@ -102,7 +120,9 @@ impl AgentConfig {
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
         }
-        for (name, section) in [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma)] {
+        for (name, section) in
+            [("migration", &self.migration), ("quic", &self.quic), ("rdma", &self.rdma), ("storage", &self.storage)]
+        {
             writeln!(text, "\n[{name}]")?;
             for (key, value) in section {
                 writeln!(text, "{key} = {value}")?;
@@ -171,7 +191,16 @@ impl Host {
         let path = self.file("agent.toml");
         std::fs::write(&path, self.config.text(self)?)?;
         let log = File::options().create(true).append(true).open(self.dir.join("agent.log"))?;
-        let mut command = self.netns.command(limosa_bin()?);
+        let mut command = match &self.config.bind {
+            None => self.netns.command(limosa_bin()?),
+            Some((which, at)) => {
+                // `ip netns exec` has made a mount namespace for it.
+                let mut command = self.netns.command("sh");
+                command.args(["-c", "mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"", "sh"]).arg(which).arg(at);
+                command.arg(limosa_bin()?);
+                command
+            }
+        };
         command.arg("agent").arg("--config").arg(&path).stdout(log.try_clone()?).stderr(log);
         let mut process = Process::start("limosa agent", &mut command)?;
         let answer = wait_for(PATIENCE, "the agent's first answer", || {

@@ -23,6 +23,8 @@ pub struct GuestSpec {
     pub vcpus: u32,
     /// The network of its NIC.
     pub network: String,
+    /// More of its configuration, as the file has it: `[[disk]]` sections.
+    pub sections: String,
 }
 
 impl GuestSpec {
@@ -37,6 +39,7 @@ impl GuestSpec {
             fill: "16M".into(),
             vcpus: 1,
             network: "lan".into(),
+            sections: String::new(),
         }
     }
 
@@ -55,6 +58,12 @@ impl GuestSpec {
     /// On this network.
     pub fn network(mut self, network: &str) -> GuestSpec {
         self.network = network.to_owned();
+        self
+    }
+
+    /// With a disk on this image, of this format ("raw", "qcow2").
+    pub fn disk(mut self, image: &Path, format: &str) -> GuestSpec {
+        self.sections += &format!("\n[[disk]]\npath = {image:?}\nformat = \"{format}\"\n");
         self
     }
 
@@ -84,7 +93,7 @@ impl GuestSpec {
         );
         format!(
             "name = \"{}\"\nmemory = \"{}\"\nvcpus = {}\nkernel = \"{}\"\ncmdline = \"{cmdline}\"\nserial = \"stdout\"\n\n\
-             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
+             [[nic]]\nmac = \"{}\"\nnetwork = \"{}\"\naddresses = [\"{}\", \"{}\"]\n{}",
             self.name,
             self.memory,
             self.vcpus,
@@ -92,7 +101,8 @@ impl GuestSpec {
             self.mac(),
             self.network,
             self.ip(),
-            self.ip6()
+            self.ip6(),
+            self.sections
         )
     }
 }

@@ -50,6 +50,12 @@ const IDS: &[(&str, Code)] = &[
     ("vmm-missing", Code::Incompatible),
     ("record-unknown", Code::Incompatible),
     ("record-newer", Code::Incompatible),
+    // Found by the host, which has the files.
+    ("disk-folder", Code::Disk),
+    ("disk-missing", Code::Disk),
+    ("disk-not-shared", Code::Disk),
+    ("disk-format", Code::Disk),
+    ("disk-locks", Code::Disk),
 ];
 
 /// The code of the first reason.
@@ -188,6 +194,7 @@ mod tests {
                 vlan: None,
                 addresses: vec![],
             }],
+            disks: vec![],
             vmm: "limosa".to_owned(),
             records: vec![(1, 1), (2, 3)],
             config: vec![],

@@ -21,7 +21,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let memory = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 1 << 20, page_bytes: 4096 }])?;
 //! let vm = VmDescription {
-//!     id: VmId([1; 16]), name: "web".into(), vcpus: 1, memory: memory.clone(), nics: vec![], vmm: "limosa".into(),
+//!     id: VmId([1; 16]), name: "web".into(), vcpus: 1, memory: memory.clone(), nics: vec![], disks: vec![], vmm: "limosa".into(),
 //!     records: vec![], config: vec![],
 //! };
 //! let (migration, generation, now) = (MigrationId([2; 16]), Generation(1), Instant::ZERO);

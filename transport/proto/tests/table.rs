@@ -27,6 +27,7 @@ fn vm() -> VmDescription {
         vcpus: 1,
         memory,
         nics: vec![],
+        disks: vec![],
         vmm: "limosa".to_owned(),
         records: vec![],
         config: vec![],

@@ -12,8 +12,8 @@ use limosa_proto::wire::frame::{
 };
 use limosa_proto::wire::limits::MESSAGE_BYTES_MAX;
 use limosa_proto::wire::message::{
-    Accept, DestinationReport, Hello, Message, NicDescription, ReadyTimes, Reason, Refusal, RunningTimes, VerdictAnswer,
-    VmDescription,
+    Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, ReadyTimes, Reason, Refusal,
+    RunningTimes, VerdictAnswer, VmDescription,
 };
 use limosa_proto::wire::offer::{Keys, KeysAsk, LinkAddress, LinkOffer, MemoryKey};
 use proptest::prelude::*;
@@ -46,6 +46,14 @@ fn hello() -> Hello {
                 mtu: 1500,
                 vlan: Some(7),
                 addresses: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            }],
+            disks: vec![DiskDescription {
+                path: "/srv/vm/web.qcow2".to_owned(),
+                format: ImageFormat::Qcow2,
+                readonly: false,
+                bytes: 8 << 30,
+                serial: "web-0".to_owned(),
+                token: [0x7e; 32],
             }],
             vmm: "limosa".to_owned(),
             records: vec![(1, 1), (300, 2)],
@@ -206,6 +214,15 @@ fn limits_hold_while_decoding() {
     let mut listed = hello();
     listed.vm.records = vec![(1, 1); 257];
     assert!(Message::parse(1, &Message::Hello(Box::new(listed)).emit().unwrap()).is_err());
+    let disks = |change: &dyn Fn(&mut VmDescription)| {
+        let mut hello = hello();
+        change(&mut hello.vm);
+        Message::parse(1, &Message::Hello(Box::new(hello)).emit().unwrap())
+    };
+    assert!(disks(&|vm| vm.disks = vec![vm.disks[0].clone(); 8]).is_ok());
+    assert!(disks(&|vm| vm.disks = vec![vm.disks[0].clone(); 9]).is_err());
+    assert!(disks(&|vm| vm.disks[0].path = "x".repeat(1025)).is_err());
+    assert!(disks(&|vm| vm.disks[0].serial = "x".repeat(21)).is_err());
     let words = Message::Abort { code: Code::Busy, words: "x".repeat(1025) };
     assert!(Message::parse(12, &words.emit().unwrap()).is_err());
     let record = |bytes| Message::Record(Record { kind: 1, version: 1, instance: 0, bytes: vec![7; bytes] });

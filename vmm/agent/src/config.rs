@@ -88,6 +88,16 @@ pub struct Rdma {
     pub on_demand: bool,
 }
 
+/// Storage that this host shares with others.
+#[derive(Debug, Clone, Default)]
+pub struct Storage {
+    /// Folders in which images of guests that come from other hosts may lie; none: only guests without disks come.
+    pub shared: Vec<PathBuf>,
+    /// Whether guests come although this host does not see the locks that others have on images, as on a file system whose
+    /// locks hold on each host for itself.
+    pub local_locks: bool,
+}
+
 /// The whole configuration, validated.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -109,6 +119,8 @@ pub struct Config {
     pub quic: Quic,
     /// Over RDMA.
     pub rdma: Rdma,
+    /// Where images of incoming guests may lie.
+    pub storage: Storage,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -162,6 +174,7 @@ impl Default for Config {
             migration: Migration::default(),
             quic: Quic::default(),
             rdma: Rdma::default(),
+            storage: Storage::default(),
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -208,6 +221,9 @@ impl Config {
             }
             if let Some(section) = root.section("rdma") {
                 config.read_rdma(section);
+            }
+            if let Some(section) = root.section("storage") {
+                config.storage.read(section);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();
@@ -385,6 +401,18 @@ impl Migration {
             }
             self.announce_schedule = list.into_iter().map(ms).collect();
         }
+        section.close();
+    }
+}
+
+impl Storage {
+    fn read(&mut self, mut section: Section<'_, '_>) {
+        self.shared = section.strings("shared").unwrap_or_default().into_iter().map(PathBuf::from).collect();
+        if let Some(path) = self.shared.iter().find(|path| !path.is_absolute() || path.parent().is_none()) {
+            let wants = "each should be the absolute path of a folder that other hosts have too, such as \"/srv/vm\"";
+            section.problem("shared", format_args!("has {path:?}"), wants);
+        }
+        self.local_locks = section.boolean("local_locks").unwrap_or(self.local_locks);
         section.close();
     }
 }

@@ -5,6 +5,7 @@ use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
+use crate::disks;
 use crate::jobs::{Ending, unix_ms};
 use crate::links;
 use crate::outgoing::{host_error, resume};
@@ -23,7 +24,8 @@ use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::limits::REASONS_MAX;
+use limosa_proto::wire::message::{Hello, Reason, Refusal, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::path::Path;
 use std::sync::Arc;
@@ -178,6 +180,14 @@ pub(crate) fn offer(agent: &Agent) -> HostOffer {
     }
 }
 
+/// Every reason why `vm` cannot run on this host; nothing is changed. May take two seconds.
+pub(crate) fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
+    let mut reasons = compat::check(vm, &offer(agent));
+    reasons.extend(disks::reasons(&agent.config.storage, vm));
+    reasons.truncate(REASONS_MAX);
+    reasons
+}
+
 /// The destination's host: the VMM that is made for the guest, and the journal.
 struct Receiving {
     agent: Arc<Agent>,
@@ -204,7 +214,7 @@ impl DestinationHost for Receiving {
         if !plain_name(&vm.name) {
             return Err(Refusal::one(Code::Incompatible, format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name)));
         }
-        if let Some(refusal) = compat::refusal(compat::check(vm, &offer(&self.agent))) {
+        if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
         let guest = Vm::new(vm.id, vm.name.clone(), VmState::Incoming);
@@ -224,7 +234,16 @@ impl DestinationHost for Receiving {
         guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
-        let described = arrived.connection.prepare(vm, &self.agent.config.bridges()).map_err(host_error)?;
+        let mut description = vm.clone();
+        // Looked at again: the VMM gets paths without links, and follows none in them.
+        let paths = disks::resolve(&self.agent.config.storage, vm);
+        let paths = paths.map_err(|reasons| {
+            HostError::new(reasons.iter().map(|reason| reason.words.as_str()).collect::<Vec<_>>().join("; "))
+        })?;
+        for (disk, path) in description.disks.iter_mut().zip(paths) {
+            disk.path = path;
+        }
+        let described = arrived.connection.prepare(&description, &self.agent.config.bridges()).map_err(host_error)?;
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
         Ok(Arc::new(GuestPages(memory)))
     }

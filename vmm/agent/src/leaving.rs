@@ -79,12 +79,14 @@ pub(crate) async fn carry_out(
     (migration, generation): (MigrationId, Generation),
     cancel: Cancel,
 ) {
-    let Prepared { plan, host, wanted, claim, pages, description } = prepared;
+    let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
     let vm = Arc::clone(claim.vm());
     vm.on_lost(Some(cancel.clone()));
     let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel };
     let (outcome, report) = leaving.leave(wanted).await;
     let Leaving { agent, vm, .. } = leaving;
+    // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
+    let _ = tokio::task::spawn_blocking(move || drop(marks)).await;
     let ending = ending(&outcome, report);
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
     let finishing = Arc::clone(&agent);

@@ -12,6 +12,7 @@ mod announcing;
 pub mod api;
 pub mod checked;
 pub mod config;
+mod disks;
 pub mod hosts;
 mod incoming;
 pub mod jobs;

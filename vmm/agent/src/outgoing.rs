@@ -3,6 +3,7 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobState, MigrateRequest, Plan};
+use crate::disks::{self, Marks};
 use crate::hosts::Host;
 use crate::jobs::unix_ms;
 use crate::leaving;
@@ -12,7 +13,7 @@ use limosa_link::choose::Wanted;
 use limosa_link::{HostError, Pages, SourceHost};
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
-use limosa_proto::commit::JournalRecord;
+use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::identity::MigrationId;
 use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
@@ -94,6 +95,8 @@ pub(crate) struct Prepared {
     pub(crate) claim: Claim,
     pub(crate) description: VmDescription,
     pub(crate) pages: Arc<GuestPages>,
+    /// Beside the images, for as long as the migration takes.
+    pub(crate) marks: Marks,
 }
 
 /// Begins to move a guest; gives the job's number.
@@ -143,9 +146,11 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     let failed = |words: String| ApiError::refused("vmm-failed", words);
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
-    let description = described.description.clone();
+    let mut description = described.description.clone();
     let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
-    Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)) })
+    let marked = disks::mark(&agent.config.state_dir, &mut description);
+    let marks = marked.map_err(|words| ApiError::refused("disk", words))?;
+    Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)), marks })
 }
 
 /// The source's host: the guest's VMM behind the plug, and the journal.
@@ -177,6 +182,19 @@ pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
     }
     vm.set_state(VmState::Running);
     Ok(())
+}
+
+/// Has the paused guest's VMM give up what only one host may hold. A VMM that has ended holds nothing any more.
+pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
+    let given = vm.connection_within(REPLUG_MAX).map_err(HostError::new).and_then(|connection| {
+        let took = connection.give_up().map_err(host_error)?;
+        tracing::debug!(vm = vm.name, us = took.as_micros(), "the guest's disks were given up");
+        Ok(())
+    });
+    match given {
+        Err(_) if vm.has_ended() => Ok(()),
+        given => given,
+    }
 }
 
 impl Sending {
@@ -227,7 +245,12 @@ impl SourceHost for Sending {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
-        self.agent.write(record).map_err(|e| HostError::new(e.to_string()))
+        self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        if record.kind == JournalRecordKind::Released {
+            // Commit is said after this returns: the destination finds the images free, and what is in them whole.
+            give_up_disks(&self.vm)?;
+        }
+        Ok(())
     }
 
     fn cpu_seconds(&mut self) -> f64 {

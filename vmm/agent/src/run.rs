@@ -5,7 +5,7 @@ use crate::agent::Agent;
 use crate::api::{ApiError, Direction};
 use crate::config::Config;
 use crate::incoming::Reception;
-use crate::{links, serve, settle, vms};
+use crate::{disks, links, serve, settle, vms};
 use limosa_link::Cancel;
 use limosa_plug::PlugListener;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ const STOP_MAX: Duration = Duration::from_secs(20);
 pub fn run(config: Config) -> Result<(), ApiError> {
     let (agent, warnings) = Agent::open(config)?;
     warnings.iter().for_each(|words| tracing::warn!("{words}"));
+    disks::sweep(&agent.config.state_dir);
     let agent = Arc::new(agent);
     let failed = |doing: &str, error: &dyn std::fmt::Display| ApiError::refused("agent", format!("{doing}: {error}"));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();

@@ -8,7 +8,7 @@ use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
 use crate::incoming;
 use crate::jobs::{Ending, unix_ms};
-use crate::outgoing::resume;
+use crate::outgoing::{give_up_disks, resume};
 use crate::process::birth;
 use crate::vm::Vm;
 use limosa_link::driver::VerdictError;
@@ -92,7 +92,7 @@ fn note(agent: &Agent, of: &JournalRecord, kind: JournalRecordKind, words: &str)
 async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
     let mut wait = ASK_INTERVAL.0;
     loop {
-        let words = match verdict_of(&agent, &released).await {
+        let words = match given_up_and_asked(&agent, &released).await {
             Ok(VerdictAnswer::Running) => {
                 note(&agent, &released, JournalRecordKind::Running, "the destination says so");
                 let (gone, vm) = (Arc::clone(&agent), released.vm);
@@ -113,6 +113,17 @@ async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(ASK_INTERVAL.1);
     }
+}
+
+/// To ask is as good as Commit, so what only one host may hold is given up first; a VMM that is not plugged in has either
+/// ended, and holds nothing, or is asked to when it comes back.
+async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRecord) -> Result<VerdictAnswer, String> {
+    if let Some(vm) = agent.vms.with_id(released.vm).filter(|vm| vm.connection().is_some()) {
+        let given = tokio::task::spawn_blocking(move || give_up_disks(&vm)).await;
+        let given = given.map_err(|e| e.to_string())?;
+        given.map_err(|e| format!("the VMM here does not give the guest's disks up, so the destination is not asked: {e}"))?;
+    }
+    verdict_of(agent, released).await
 }
 
 async fn verdict_of(agent: &Agent, released: &JournalRecord) -> Result<VerdictAnswer, String> {
@@ -178,7 +189,13 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
     let left = records.iter().filter(of_last).any(|r| matches!(r.kind, JournalRecordKind::Started | JournalRecordKind::Released));
     if left {
         match commit::source_verdict(&records, migration, generation) {
-            SourceVerdict::AskDestination => tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused"),
+            SourceVerdict::AskDestination => {
+                tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused");
+                // The destination may be waiting for its disks by now.
+                if let Err(error) = give_up_disks(vm) {
+                    tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
+                }
+            }
             SourceVerdict::Gone => end_vm(agent, vm.id, true),
             SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Paused => own(vm),
             SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord => {}

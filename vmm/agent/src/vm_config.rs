@@ -5,6 +5,8 @@
 use crate::checked::{ConfigError, Problems, Section, read_text};
 use crate::config::{NAME_WANTS, plain_name};
 use limosa_proto::identity::VmId;
+use limosa_proto::wire::limits::{DISKS_MAX, PATH_BYTES_MAX, SERIAL_BYTES_MAX};
+use limosa_proto::wire::message::ImageFormat;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,21 @@ pub struct NicConfig {
     pub offload: bool,
 }
 
+/// One disk of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its image.
+    pub path: PathBuf,
+    /// The image's format; none: qcow2 if it is one, and refused otherwise.
+    pub format: Option<ImageFormat>,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+    /// The serial number that the guest sees; may be empty.
+    pub serial: String,
+    /// The path was named by another host, and has been resolved by this one's agent: no symbolic link is followed in it.
+    pub resolved: bool,
+}
+
 /// A guest, as its file describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmConfig {
@@ -62,6 +79,8 @@ pub struct VmConfig {
     pub serial: Serial,
     /// Network interfaces, in order.
     pub nics: Vec<NicConfig>,
+    /// Disks, in order.
+    pub disks: Vec<DiskConfig>,
     /// Whether it has a source of random bytes.
     pub rng: bool,
     /// Whether it has a balloon, through which it reports free pages.
@@ -81,6 +100,9 @@ impl VmConfig {
         config.initramfs = config.initramfs.as_ref().map(beside);
         if let Serial::File(path) = &config.serial {
             config.serial = Serial::File(beside(path));
+        }
+        for disk in &mut config.disks {
+            disk.path = beside(&disk.path);
         }
         Ok((config, text))
     }
@@ -141,6 +163,7 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         root.problem("cmdline", format_args!("has {} bytes", cmdline.len()), "it should have at most 2000 bytes and no NUL");
     }
     let nics = read_nics(root.sections("nic"));
+    let disks = read_disks(root.sections("disk"));
     let rng = root.boolean("rng").unwrap_or(true);
     let balloon = root.boolean("balloon").unwrap_or(true);
     root.close();
@@ -156,6 +179,7 @@ fn read(mut root: Section<'_, '_>) -> Option<VmConfig> {
         cmdline,
         serial,
         nics,
+        disks,
         rng,
         balloon,
     })
@@ -195,6 +219,42 @@ fn read_nics(sections: Vec<Section<'_, '_>>) -> Vec<NicConfig> {
     nics
 }
 
+fn read_disks(sections: Vec<Section<'_, '_>>) -> Vec<DiskConfig> {
+    let mut disks: Vec<DiskConfig> = Vec::new();
+    for (index, mut section) in sections.into_iter().enumerate() {
+        let path = section.string("path").map(PathBuf::from);
+        let wants = "it should be the path of an image, of at most 1024 characters";
+        match &path {
+            None => section.problem("path", "is missing", wants),
+            // Room for the folder of the file, which relative paths are relative to.
+            Some(path) if path.as_os_str().is_empty() || path.as_os_str().len() > PATH_BYTES_MAX => {
+                section.problem("path", format_args!("has {} characters", path.as_os_str().len()), wants);
+            }
+            Some(path) if disks.iter().any(|disk| disk.path == *path) => {
+                section.problem("path", "is used twice", "each disk should have an image of its own");
+            }
+            Some(_) => {}
+        }
+        let format = section.one_of("format", &["raw", "qcow2"]);
+        let format = format.map(|index| if index == 0 { ImageFormat::Raw } else { ImageFormat::Qcow2 });
+        let readonly = section.boolean("readonly").unwrap_or(false);
+        let serial = section.string("serial").unwrap_or_default();
+        if serial.len() > SERIAL_BYTES_MAX || serial.chars().any(char::is_control) {
+            section.problem(
+                "serial",
+                format_args!("is {serial:?}"),
+                "it should have at most 20 bytes, and no control characters",
+            );
+        }
+        if index >= DISKS_MAX {
+            section.problem("path", "is on the ninth disk", "a guest should have at most 8 disks");
+        }
+        section.close();
+        disks.extend(path.map(|path| DiskConfig { path, format, readonly, serial, resolved: false }));
+    }
+    disks
+}
+
 /// A unicast MAC address as text.
 struct Mac([u8; 6]);
 
@@ -218,7 +278,8 @@ mod tests {
     use super::*;
 
     const GOOD: &str = "name = \"web\"\nmemory = \"256M\"\nvcpus = 2\nkernel = \"guest.elf\"\ncmdline = \"ip=10.0.0.5\"\n\
-                        serial = \"web.serial\"\n[[nic]]\nmac = \"52:54:00:00:00:05\"\nnetwork = \"lan\"\naddresses = [\"10.0.0.5\", \"fd00::5\"]\n";
+                        serial = \"web.serial\"\n[[disk]]\npath = \"web.qcow2\"\n[[disk]]\npath = \"/iso/cd\"\n\
+                        format = \"raw\"\nreadonly = true\nserial = \"cd\"\n[[nic]]\nmac = \"52:54:00:00:00:05\"\nnetwork = \"lan\"\naddresses = [\"10.0.0.5\", \"fd00::5\"]\n";
 
     #[test]
     fn a_whole_file_is_read() {
@@ -226,6 +287,14 @@ mod tests {
         assert_eq!((config.memory, config.vcpus, config.nics.len()), (256 << 20, 2, 1));
         assert_eq!(config.nics[0].mac, [0x52, 0x54, 0, 0, 0, 5]);
         assert_eq!(config.serial, Serial::File("web.serial".into()));
+        let disk = |path: &str, format, readonly, serial: &str| DiskConfig {
+            path: path.into(),
+            format,
+            readonly,
+            serial: serial.into(),
+            resolved: false,
+        };
+        assert_eq!(config.disks, [disk("web.qcow2", None, false, ""), disk("/iso/cd", Some(ImageFormat::Raw), true, "cd")]);
     }
 
     #[test]
@@ -235,11 +304,14 @@ mod tests {
         std::fs::write(&file, GOOD).unwrap();
         let (config, text) = VmConfig::load(&file).unwrap();
         assert_eq!((config.kernel, text.as_str()), (dir.path().join("guest.elf"), GOOD));
+        assert_eq!(config.disks[0].path, dir.path().join("web.qcow2"));
+        assert_eq!(config.disks[1].path, Path::new("/iso/cd"));
     }
 
     #[test]
     fn problems_are_named() {
-        let text = "name = \"../x\"\nmemory = \"3\"\ncpus = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n";
+        let text = "name = \"../x\"\nmemory = \"3\"\ncpus = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n[[disk]]\nformat = \"vmdk\"\n\
+                    serial = \"aaaaaaaaaaaaaaaaaaaaa\"\n[[disk]]\npath = \"a\"\n[[disk]]\npath = \"a\"\n";
         let error = VmConfig::parse(Path::new("v.toml"), text).unwrap_err().to_string();
         for part in [
             "v.toml:1: name is",
@@ -248,6 +320,10 @@ mod tests {
             "v.toml:5: nic.mac is",
             "nic.network is missing",
             "kernel is missing",
+            "v.toml:7: disk.format is \"vmdk\"; it should be \"raw\" or \"qcow2\"",
+            "v.toml:8: disk.serial is",
+            "disk.path is missing",
+            "v.toml:12: disk.path is used twice",
         ] {
             assert!(error.contains(part), "{part}\nis not in\n{error}");
         }

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use crate::devices::serial::SerialSink;
+use crate::disk::DiskConfig;
 use crate::memory::MemoryConfig;
 
 /// A machine. Source and destination must agree on everything that the guest can see.
@@ -14,6 +15,9 @@ pub struct MachineConfig {
     pub memory: MemoryConfig,
     /// Network cards, in the order in which the guest finds them. With all other devices at most 19.
     pub nics: Vec<NicConfig>,
+    /// Disks, in the order in which the guest finds them, behind the network cards. Their locks are taken when the machine
+    /// first runs, and each time it does after it gave them up.
+    pub disks: Vec<DiskConfig>,
     /// A source of random bytes.
     pub rng: bool,
     /// A balloon, through which the guest reports pages that it does not use, so that they need not travel.
@@ -25,7 +29,7 @@ pub struct MachineConfig {
 impl MachineConfig {
     /// A machine without virtio devices, whose serial output is dropped.
     pub fn new(vcpus: u32, memory: MemoryConfig) -> Self {
-        Self { vcpus, memory, nics: Vec::new(), rng: false, balloon: false, serial: SerialSink::Null }
+        Self { vcpus, memory, nics: Vec::new(), disks: Vec::new(), rng: false, balloon: false, serial: SerialSink::Null }
     }
 }
 

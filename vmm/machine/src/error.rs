@@ -1,6 +1,7 @@
 //! Why a machine could not be built, saved or loaded: one enum an operation. The parts' own errors are with the parts.
 
 use crate::dirty::DirtyError;
+use crate::disk::DiskError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use crate::state::RecordError;
@@ -22,6 +23,9 @@ pub enum BuildError {
     /// A TAP could not be opened.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A number in the configuration is out of bounds.
     #[error("{what} is {given}, but must be from {min} to {max}")]
     Config {
@@ -75,6 +79,9 @@ pub enum SaveError {
     /// A record could not be made.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// What the guest wrote could not be brought to a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }
 
 /// Why a state could not be loaded. The machine is of no use afterwards: build a new one.

@@ -13,11 +13,14 @@ use crate::boot::{self, BootConfig, BootError};
 use crate::bus::{Bus, MMIO_DEVICES_MAX};
 use crate::config::{MachineConfig, NicConfig, TapConfig};
 use crate::devices::balloon::Balloon;
+use crate::devices::block::Block;
 use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::serial::{SERIAL_IRQ, Serial};
 use crate::devices::worker::{Backend, DeviceThread, PAUSE_MAX, VirtioDevice};
 use crate::dirty::{DirtyError, DirtyTracker};
+use crate::disk::DiskInfo;
+use crate::disk::image::Disk;
 use crate::error::{AccessError, BuildError, LoadError, SaveError};
 use crate::event::Events;
 use crate::kvm::{self, Capabilities};
@@ -72,6 +75,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     device_threads: Vec<DeviceThread>,
     bus: Arc<Bus>,
+    disks: Vec<Arc<Disk>>,
     dirty: DirtyTracker,
     ram: Arc<Ram>,
     vm: Arc<VmFd>,
@@ -145,10 +149,13 @@ fn create_nic(index: usize, nic: NicConfig) -> Result<Net, BuildError> {
 type Made = (Kind, u32, Box<dyn Backend>);
 
 /// The virtio devices of a machine, in the order of their slots.
-fn create_backends(config: &mut MachineConfig) -> Result<Vec<Made>, BuildError> {
+fn create_backends(config: &mut MachineConfig, disks: &[Arc<Disk>]) -> Result<Vec<Made>, BuildError> {
     let mut backends: Vec<Made> = Vec::new();
     for (index, nic) in std::mem::take(&mut config.nics).into_iter().enumerate() {
         backends.push((Kind::Net, index as u32, Box::new(create_nic(index, nic)?)));
+    }
+    for (index, disk) in (0..).zip(disks) {
+        backends.push((Kind::Block, index, Box::new(Block::new(Arc::clone(disk)))));
     }
     if config.rng {
         backends.push((Kind::Rng, 0, Box::new(Rng::new().map_err(failed_io("opening /dev/urandom"))?)));
@@ -171,7 +178,7 @@ impl Machine {
     /// [`Self::new`] on a host that offers less than this one.
     fn with_fewer(mut config: MachineConfig, fewer: fn(Capabilities) -> Capabilities) -> Result<Self, BuildError> {
         check_nics(&config.nics)?;
-        let count = config.nics.len() + usize::from(config.rng) + usize::from(config.balloon);
+        let count = config.nics.len() + config.disks.len() + usize::from(config.rng) + usize::from(config.balloon);
         check("the number of virtio devices", count as u64, 0, MMIO_DEVICES_MAX as u64)?;
         let kvm = kvm::open()?;
         let (vm, caps, ram, dirty) = create_vm(&kvm, &config.memory, fewer)?;
@@ -187,8 +194,10 @@ impl Machine {
         let events = Arc::new(Events::new().map_err(|error| failed_io("making an eventfd")(error.into()))?);
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed_io("making an eventfd"))?;
         vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(failed("KVM_IRQFD"))?;
+        let disks = std::mem::take(&mut config.disks).into_iter().map(|disk| Disk::open(disk).map(Arc::new));
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let mut devices = Vec::new();
-        for (slot, (kind, instance, backend)) in create_backends(&mut config)?.into_iter().enumerate() {
+        for (slot, (kind, instance, backend)) in create_backends(&mut config, &disks)?.into_iter().enumerate() {
             let device = VirtioDevice::new(&vm, Arc::clone(&ram), Arc::clone(&events), slot, (kind, instance), backend);
             devices.push(Arc::new(device.map_err(failed_io("binding a virtio device to KVM"))?));
         }
@@ -197,7 +206,7 @@ impl Machine {
         let serial = Arc::new(Serial::new(config.serial, interrupt).map_err(failed_io("starting the serial port"))?);
         let bus = Arc::new(Bus { serial, devices });
         let vcpus = VcpuSet::start(vcpus, &bus, &events).map_err(failed_io("starting vCPU threads"))?;
-        Ok(Self { vcpus, device_threads, bus, dirty, ram, vm, caps, msrs, events, phase: Mutex::new(Phase::Fresh) })
+        Ok(Self { vcpus, device_threads, bus, disks, dirty, ram, vm, caps, msrs, events, phase: Mutex::new(Phase::Fresh) })
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -332,7 +341,31 @@ impl Machine {
     /// # Errors
     /// When KVM refuses.
     pub fn start_dirty_tracking(&self) -> Result<(), DirtyError> {
+        self.sync_disks();
         self.dirty.start()
+    }
+
+    /// Whoever tracks is about to stop the guest and to flush: the less there is to flush then, the better.
+    fn sync_disks(&self) {
+        self.disks.iter().for_each(Disk::sync_beside);
+    }
+
+    /// What the disks are, in the order in which they were configured.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        self.disks.iter().map(|disk| disk.info()).collect()
+    }
+
+    /// Brings everything that the guest wrote to its images, and gives their locks up: another host may use them from
+    /// now on. The machine must not run; [`Self::resume`] takes the locks again first, or fails.
+    ///
+    /// # Errors
+    /// When the machine runs, or flushing fails; the locks that were not given up are still held.
+    pub fn give_up_disks(&self) -> Result<(), SaveError> {
+        let phase = self.phase();
+        if *phase == Phase::Running {
+            return Err(SaveError::Running);
+        }
+        Ok(self.disks.iter().try_for_each(|disk| disk.give_up())?)
     }
 
     /// Calls `sink` with `(region, first word, words)` for the pages written since the last fetch, or since the start. A word
@@ -341,6 +374,9 @@ impl Machine {
     /// # Errors
     /// When tracking is off or KVM refuses; bits that were not handed over are not lost.
     pub fn fetch_dirty(&self, sink: &mut dyn FnMut(usize, usize, &[u64])) -> Result<(), DirtyError> {
+        if self.is_running() {
+            self.sync_disks();
+        }
         self.dirty.fetch(sink)
     }
 
@@ -385,6 +421,8 @@ impl Machine {
             Phase::Ready { .. } | Phase::Paused => {}
         }
         let refused = |what| move |source| SaveError::Kvm { what, source };
+        // Here, where a failure still harms nothing: nobody has been promised the guest yet.
+        self.disks.iter().try_for_each(|disk| disk.flush())?;
         let mut records = vec![record(Kind::Board, 0, &self.board())?];
         for vcpu in self.vcpus.vcpus() {
             if vcpu.has_ended() {

@@ -161,3 +161,40 @@ fn a_machine_can_be_shared_by_threads() {
     shared::<Machine>();
     shared::<StateRecord>();
 }
+
+#[test]
+fn images_are_held_by_whoever_runs_the_guest_and_by_nobody_after_they_were_given_up() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw");
+    std::fs::write(&path, [0; 8192]).unwrap();
+    let format = Some(crate::disk::DiskFormat::Raw);
+    let disk = crate::disk::DiskConfig { path, format, readonly: false, serial: String::new(), resolved: false };
+    let config = || MachineConfig { disks: vec![disk.clone()], ..MachineConfig::new(1, MemoryConfig::new(16 << 20)) };
+    let (source, destination) = (Machine::new(config()).unwrap(), Machine::new(config()).unwrap());
+    assert_eq!(source.disks(), [crate::disk::DiskInfo { format: crate::disk::DiskFormat::Raw, bytes: 8192 }]);
+    boot_walk(&source);
+    source.resume().unwrap();
+    assert!(matches!(source.give_up_disks(), Err(SaveError::Running)));
+    source.pause().unwrap();
+    destination.load(source.save().unwrap()).unwrap();
+    let locked = |machine: &Machine| {
+        let error = machine.resume().unwrap_err().to_string();
+        assert!(error.contains("disk0") && error.contains("is locked by process"), "{error}");
+        assert!(!machine.is_running());
+    };
+    // Not given up: the destination must not run, however it is asked.
+    locked(&destination);
+    source.give_up_disks().unwrap();
+    source.give_up_disks().unwrap();
+    destination.resume().unwrap();
+    // Given up and taken by another: the source must not run.
+    locked(&source);
+    // The destination ends, however: what it had is free, and the source may run on.
+    drop(destination);
+    source.resume().unwrap();
+    source.pause().unwrap();
+    assert!(source.disks[0].is_held());
+}

@@ -66,7 +66,11 @@ struct GateState {
 #[derive(Debug)]
 struct Gate {
     state: Mutex<GateState>,
+    /// For vCPU threads: what they shall do has changed.
     changed: Condvar,
+    /// For who pauses: the last one has parked. A condition of its own, so that 32 vCPUs wake nobody 31 times too often.
+    all_parked: Condvar,
+    vcpus: usize,
 }
 
 impl Gate {
@@ -133,7 +137,9 @@ impl VcpuSet {
     /// Starts a thread for each vCPU; all are parked when this returns.
     pub(crate) fn start(vcpus: Vec<Arc<Vcpu>>, bus: &Arc<Bus>, events: &Arc<Events>) -> std::io::Result<Self> {
         register_signal_handler(kick_signal(), on_kick).map_err(std::io::Error::from)?;
-        let gate = Arc::new(Gate { state: Mutex::new(GateState { target: Target::Paused, parked: 0 }), changed: Condvar::new() });
+        let state = Mutex::new(GateState { target: Target::Paused, parked: 0 });
+        let gate = Gate { state, changed: Condvar::new(), all_parked: Condvar::new(), vcpus: vcpus.len() };
+        let gate = Arc::new(gate);
         let mut set = Self { vcpus, threads: Vec::new(), gate };
         for vcpu in &set.vcpus {
             let runner =
@@ -190,7 +196,7 @@ impl VcpuSet {
                 let missing = self.threads.len() - state.parked;
                 return Err(RunError::Stuck { what: format!("{missing} vCPU(s)"), ms: PAUSE_MAX.as_millis() as u64 });
             }
-            let (next, waited) = self.gate.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            let (next, waited) = self.gate.all_parked.wait_timeout(state, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);
             state = next;
             if waited.timed_out() && state.target != Target::Running {
                 self.kick();
@@ -255,7 +261,9 @@ impl Runner {
     fn park(&self) -> bool {
         let mut state = self.gate.lock();
         state.parked += 1;
-        self.gate.changed.notify_all();
+        if state.parked == self.gate.vcpus {
+            self.gate.all_parked.notify_all();
+        }
         loop {
             match state.target {
                 Target::Quit => return false,

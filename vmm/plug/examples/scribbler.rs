@@ -235,6 +235,7 @@ fn description() -> Result<VmDescription, String> {
         vcpus: 2,
         memory: memory.map_err(|error| error.to_string())?,
         nics: Vec::new(),
+        disks: Vec::new(),
         vmm: "scribbler".to_owned(),
         records: vec![RECORD],
         config: Vec::new(),

@@ -30,7 +30,7 @@ pub fn answer_time_max(kind: Kind) -> Duration {
     Duration::from_secs(match kind {
         // May allocate all of the guest's memory.
         Kind::Prepare => 120,
-        Kind::Load | Kind::Save | Kind::Shutdown => 30,
+        Kind::Load | Kind::Save | Kind::Shutdown | Kind::Yield => 30,
         _ => 10,
     })
 }
@@ -393,6 +393,18 @@ impl PlugConnection {
         let written = records::write(state);
         let (size, fd) = written.map_err(|error| PlugError::Io { doing, source: io::Error::other(error.to_string()) })?;
         took(doing, Kind::Load, &self.ask(doing, &Request::Load(size), Some(fd.as_fd()))?)
+    }
+
+    /// Has a paused VMM give up what only one host may hold, such as locks on images; returns how long it took. A VMM that
+    /// does not know the request holds nothing of the kind.
+    ///
+    /// # Errors
+    /// As every request. Then it may still hold them: the guest must not run elsewhere.
+    pub fn give_up(&self) -> Result<Duration, PlugError> {
+        match self.took("giving the guest's disks up", &Request::Yield) {
+            Err(error) if error.is_unsupported() => Ok(Duration::ZERO),
+            done => done,
+        }
     }
 
     /// Lets the guest run; returns how long the VMM took.

@@ -145,6 +145,7 @@ impl Kit<'_> {
         refused(plug.resume(), wrong, "Resume while running")?;
         refused(plug.release(), wrong, "Release while running")?;
         refused(plug.discard(), wrong, "Discard while running")?;
+        refused(plug.give_up(), wrong, "Yield while running")?;
         refused(plug.load(&[]), wrong, "Load while running")?;
         refused(plug.prepare(vm, &self.options.bridges), wrong, "Prepare while running")?;
         refused(plug.fetch_dirty(), wrong, "FetchDirty without tracking")?;
@@ -283,6 +284,11 @@ impl Kit<'_> {
         ensure(&described.description.memory == memory.memory_map(), || {
             "memory has another shape after connecting again".into()
         })?;
+        for _ in 0..2 {
+            fine(again.plug.give_up())?;
+        }
+        refused(again.plug.pause(), Status::WrongState, "Pause after Yield")?;
+        ensure(hashes(memory) == before, || "Yield wrote the guest's memory".into())?;
         fine(again.plug.resume())?;
         self.pass("a paused guest stays paused when the agent is lost; its VMM connects again and resumes when told");
         Ok(again)
@@ -382,6 +388,7 @@ impl Kit<'_> {
         let destination = self.connected()?;
         ensure(destination.hello.state == VmState::Loaded, || "a loaded VMM did not stay loaded when its agent was lost".into())?;
         ensure(destination.hello.id == vm.id, || "a loaded VMM says Hello for another guest".into())?;
+        fine(source.plug.give_up())?;
         fine(source.plug.release())?;
         self.gone(&source, "Release")?;
         let took = fine(destination.plug.resume())?;

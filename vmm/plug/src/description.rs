@@ -1,11 +1,13 @@
 //! A guest's description as it crosses the plug: fixed structs and counted arrays that a C program can walk.
 //! What the fields mean is said by `limosa_proto`; this is only their layout and their limits.
 
-use crate::message::{BRIDGES_MAX, Fields, Malformed, name_length};
+use crate::message::{BRIDGES_MAX, Fields, Malformed, name_length, text_length};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, PAGE_BYTES, REGIONS_MAX, Region};
-use limosa_proto::wire::limits::{ADDRESSES_MAX, CONFIG_BYTES_MAX, NICS_MAX, RECORD_KINDS_MAX, VCPUS_MAX};
-use limosa_proto::wire::message::{NicDescription, VmDescription};
+use limosa_proto::wire::limits::{
+    ADDRESSES_MAX, CONFIG_BYTES_MAX, DISKS_MAX, NICS_MAX, PATH_BYTES_MAX, RECORD_KINDS_MAX, SERIAL_BYTES_MAX, VCPUS_MAX,
+};
+use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use std::net::IpAddr;
 
 /// Stands for "no VLAN".
@@ -59,7 +61,7 @@ pub(crate) fn emit(vm: &VmDescription, out: &mut Vec<u8>) -> Result<(), Malforme
     out.extend(bounded("kinds of record", vm.records.len(), RECORD_KINDS_MAX)?.to_le_bytes());
     out.extend(name_length("name of the VM", &vm.name)?.to_le_bytes());
     out.extend(name_length("kind of VMM", &vm.vmm)?.to_le_bytes());
-    out.extend([0; 2]);
+    out.extend(bounded("disks", vm.disks.len(), DISKS_MAX)?.to_le_bytes());
     out.extend((vm.config.len() as u32).to_le_bytes());
     out.extend([0; 4]);
     for region in vm.memory.regions() {
@@ -70,6 +72,9 @@ pub(crate) fn emit(vm: &VmDescription, out: &mut Vec<u8>) -> Result<(), Malforme
     for nic in &vm.nics {
         emit_nic(nic, out)?;
     }
+    for disk in &vm.disks {
+        emit_disk(disk, out)?;
+    }
     for (kind, version) in &vm.records {
         out.extend(kind.to_le_bytes());
         out.extend(version.to_le_bytes());
@@ -77,6 +82,18 @@ pub(crate) fn emit(vm: &VmDescription, out: &mut Vec<u8>) -> Result<(), Malforme
     out.extend(vm.name.as_bytes());
     out.extend(vm.vmm.as_bytes());
     out.extend(&vm.config);
+    Ok(())
+}
+
+/// The token is between the agents: it does not cross the plug.
+fn emit_disk(disk: &DiskDescription, out: &mut Vec<u8>) -> Result<(), Malformed> {
+    out.extend(disk.bytes.to_le_bytes());
+    out.extend([if disk.format == ImageFormat::Raw { 1 } else { 2 }, u8::from(disk.readonly)]);
+    out.extend(text_length("path of a disk", &disk.path, PATH_BYTES_MAX)?.to_le_bytes());
+    out.extend(text_length("serial of a disk", &disk.serial, SERIAL_BYTES_MAX)?.to_le_bytes());
+    out.extend([0; 2]);
+    out.extend(disk.path.as_bytes());
+    out.extend(disk.serial.as_bytes());
     Ok(())
 }
 
@@ -111,13 +128,14 @@ pub(crate) fn parse(fields: &mut Fields<'_>) -> Result<VmDescription, Malformed>
     let vcpus = fields.u32()?;
     let [regions, nics, records] = [fields.u16()?, fields.u16()?, fields.u16()?].map(usize::from);
     let (name_length, vmm_length) = (fields.u16()?, fields.u16()?);
-    fields.zeros(2)?;
+    let disks = usize::from(fields.u16()?);
     let config_length = fields.u32()? as usize;
     fields.zeros(4)?;
-    if regions > REGIONS_MAX || nics > NICS_MAX || records > RECORD_KINDS_MAX || config_length > CONFIG_BYTES_MAX {
+    let over = regions > REGIONS_MAX || nics > NICS_MAX || disks > DISKS_MAX || records > RECORD_KINDS_MAX;
+    if over || config_length > CONFIG_BYTES_MAX {
         return Err(fields.wrong(format!(
-            "{regions} regions, {nics} NICs, {records} kinds of record, {config_length} bytes of configuration; \
-             at most {REGIONS_MAX}, {NICS_MAX}, {RECORD_KINDS_MAX} and {CONFIG_BYTES_MAX} are carried"
+            "{regions} regions, {nics} NICs, {disks} disks, {records} kinds of record, {config_length} bytes of configuration; \
+             at most {REGIONS_MAX}, {NICS_MAX}, {DISKS_MAX}, {RECORD_KINDS_MAX} and {CONFIG_BYTES_MAX} are carried"
         )));
     }
     if vcpus == 0 || vcpus > VCPUS_MAX {
@@ -129,11 +147,31 @@ pub(crate) fn parse(fields: &mut Fields<'_>) -> Result<VmDescription, Malformed>
     }
     let memory = MemoryMap::new(shape).map_err(|error| fields.wrong(error.to_string()))?;
     let nics = (0..nics).map(|_| parse_nic(fields)).collect::<Result<Vec<_>, _>>()?;
+    let disks = (0..disks).map(|_| parse_disk(fields)).collect::<Result<Vec<_>, _>>()?;
     let records = (0..records).map(|_| Ok((fields.u16()?, fields.u16()?))).collect::<Result<Vec<_>, Malformed>>()?;
     let name = fields.name(name_length)?;
     let vmm = fields.name(vmm_length)?;
     let config = fields.bytes(config_length)?.to_vec();
-    Ok(VmDescription { id, name, vcpus, memory, nics, vmm, records, config })
+    Ok(VmDescription { id, name, vcpus, memory, nics, disks, vmm, records, config })
+}
+
+fn parse_disk(fields: &mut Fields<'_>) -> Result<DiskDescription, Malformed> {
+    let bytes = fields.u64()?;
+    let format = match fields.u8()? {
+        1 => ImageFormat::Raw,
+        2 => ImageFormat::Qcow2,
+        other => return Err(fields.wrong(format!("a disk of format {other}; 1 (raw) and 2 (qcow2) are known"))),
+    };
+    let readonly = match fields.u8()? {
+        0 => false,
+        1 => true,
+        other => return Err(fields.wrong(format!("whether a disk may be written is {other}, not 0 or 1"))),
+    };
+    let (path_length, serial_length) = (fields.u16()?, fields.u16()?);
+    fields.zeros(2)?;
+    let path = fields.text(path_length, PATH_BYTES_MAX)?;
+    let serial = fields.text(serial_length, SERIAL_BYTES_MAX)?;
+    Ok(DiskDescription { path, format, readonly, bytes, serial, token: [0; 32] })
 }
 
 fn parse_nic(fields: &mut Fields<'_>) -> Result<NicDescription, Malformed> {

@@ -105,13 +105,15 @@ kinds! {
     Shutdown = 0x001b,
     /// What is the state.
     Status = 0x001c,
+    /// Give up what only one host may hold, such as locks on images: the guest is about to run elsewhere.
+    Yield = 0x001d,
     /// Event, VMM to agent: the guest stopped by itself.
     GuestStopped = 0x4001,
 }
 
 impl Kind {
     /// Every request that an agent may send, by number.
-    pub const REQUESTS: [Kind; 13] = [
+    pub const REQUESTS: [Kind; 14] = [
         Kind::Describe,
         Kind::Prepare,
         Kind::Track,
@@ -125,6 +127,7 @@ impl Kind {
         Kind::Discard,
         Kind::Shutdown,
         Kind::Status,
+        Kind::Yield,
     ];
 }
 
@@ -374,6 +377,8 @@ pub enum Request {
     Shutdown,
     /// [`Kind::Status`].
     Status,
+    /// [`Kind::Yield`].
+    Yield,
 }
 
 impl Request {
@@ -394,6 +399,7 @@ impl Request {
             Request::Discard => Kind::Discard,
             Request::Shutdown => Kind::Shutdown,
             Request::Status => Kind::Status,
+            Request::Yield => Kind::Yield,
         }
     }
 
@@ -439,6 +445,7 @@ impl Request {
             Kind::Discard => Request::Discard,
             Kind::Shutdown => Request::Shutdown,
             Kind::Status => Request::Status,
+            Kind::Yield => Request::Yield,
             _ => return Err(Malformed::new("request", format!("{} is no request", kind.words()))),
         };
         fields.end()?;
@@ -451,7 +458,7 @@ impl Request {
 pub enum Answer {
     /// To Track, Throttle, Release, Discard, Shutdown.
     Done,
-    /// To FetchDirty, Pause, Load, Resume: how long it took.
+    /// To FetchDirty, Pause, Load, Resume, Yield: how long it took.
     Took {
         /// Microseconds.
         us: u64,
@@ -491,7 +498,7 @@ impl Answer {
     pub fn parse(kind: Kind, body: &[u8]) -> Result<Answer, Malformed> {
         let mut fields = Fields::new(kind.words(), body);
         let answer = match kind {
-            Kind::FetchDirty | Kind::Pause | Kind::Load | Kind::Resume => Answer::Took { us: fields.u64()? },
+            Kind::FetchDirty | Kind::Pause | Kind::Load | Kind::Resume | Kind::Yield => Answer::Took { us: fields.u64()? },
             Kind::Describe | Kind::Prepare => Answer::Machine(Box::new(Machine::parse(&mut fields)?)),
             Kind::Save => Answer::State(parse_state_size(&mut fields)?),
             Kind::Status => {
@@ -534,10 +541,14 @@ fn parse_state_size(fields: &mut Fields<'_>) -> Result<StateSize, Malformed> {
 }
 
 pub(crate) fn name_length(what: &'static str, name: &str) -> Result<u16, Malformed> {
-    if name.len() > NAME_BYTES_MAX {
-        return Err(Malformed::new(what, format!("{} bytes; at most {NAME_BYTES_MAX} are carried", name.len())));
+    text_length(what, name, NAME_BYTES_MAX)
+}
+
+pub(crate) fn text_length(what: &'static str, text: &str, most: usize) -> Result<u16, Malformed> {
+    match u16::try_from(text.len()) {
+        Ok(length) if text.len() <= most => Ok(length),
+        _ => Err(Malformed::new(what, format!("{} bytes; at most {most} are carried", text.len()))),
     }
-    Ok(name.len() as u16)
 }
 
 /// Reads fields off the front of a body; every read is checked.
@@ -599,8 +610,13 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn name(&mut self, length: u16) -> Result<String, Malformed> {
-        if usize::from(length) > NAME_BYTES_MAX {
-            return Err(self.wrong(format!("a name of {length} bytes; at most {NAME_BYTES_MAX} are carried")));
+        self.text(length, NAME_BYTES_MAX)
+    }
+
+    /// Text of at most `most` bytes, without control characters.
+    pub(crate) fn text(&mut self, length: u16, most: usize) -> Result<String, Malformed> {
+        if usize::from(length) > most {
+            return Err(self.wrong(format!("a name of {length} bytes; at most {most} are carried")));
         }
         let text = std::str::from_utf8(self.bytes(usize::from(length))?).map_err(|_| self.wrong("a name is not UTF-8"))?;
         if text.chars().any(char::is_control) {

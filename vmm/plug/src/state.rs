@@ -68,6 +68,7 @@ pub fn permit(kind: Kind, state: VmState, tracking: bool) -> Result<(), String> 
         Kind::Load => (state == Prepared, "an incoming VMM that is prepared and not yet loaded"),
         Kind::Resume => (matches!(state, Paused | Loaded), "a paused or loaded guest"),
         Kind::Release => (state == Paused, "a paused guest, since it must not run on here"),
+        Kind::Yield => (state == Paused, "a paused guest, since it goes on without what it gives up"),
         Kind::Discard => (state.is_incoming(), "an incoming VMM whose guest never ran"),
         Kind::Shutdown | Kind::Status => (true, ""),
         Kind::Hello | Kind::Welcome | Kind::Reject | Kind::GuestStopped => (false, "no such request: it is no request"),
@@ -109,6 +110,7 @@ mod tests {
             "Discard --+++",
             "Shutdown +++++",
             "Status +++++",
+            "Yield -+---",
         ];
         assert_eq!(table, expected);
         let words = permit(Kind::FetchDirty, VmState::Running, false);

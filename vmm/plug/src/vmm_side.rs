@@ -61,7 +61,12 @@ pub trait Vmm: Send {
     fn save(&mut self) -> Result<Vec<Record>, String>;
     /// Incoming: takes all of the device state. Must refuse what it does not know.
     fn load(&mut self, state: Vec<Record>) -> Result<(), String>;
-    /// Lets the guest run.
+    /// Gives up what only one host may hold, such as locks on images, with everything flushed: the guest is about to run
+    /// elsewhere. Having given up already is fine. `resume` takes it again first, or fails. As it stands: nothing is held.
+    fn give_up(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+    /// Lets the guest run; holds again what [`Vmm::give_up`] gave up before it does.
     fn resume(&mut self) -> Result<(), String>;
     /// Slows the guest down by so many per cent. `Err` means that it is not offered.
     fn throttle(&mut self, percent: u8) -> Result<(), String>;
@@ -390,6 +395,7 @@ impl<'a> Session<'a> {
                 self.state = VmState::Running;
                 Ok(took())
             }
+            Request::Yield => self.vmm.give_up().map_err(failed).map(|()| took()),
             Request::Throttle(percent) => {
                 self.vmm.throttle(percent).map_err(|words| (Status::Unsupported, words))?;
                 self.throttle_percent = percent;

@@ -10,7 +10,7 @@ use limosa_plug::message::{
 use limosa_plug::state::VmState;
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
-use limosa_proto::wire::message::{NicDescription, VmDescription};
+use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use proptest::prelude::*;
 use std::fmt::Write as _;
 
@@ -30,6 +30,14 @@ fn description() -> VmDescription {
             mtu: 1500,
             vlan: Some(7),
             addresses: vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()],
+        }],
+        disks: vec![DiskDescription {
+            path: "/vm/a".to_owned(),
+            format: ImageFormat::Qcow2,
+            readonly: true,
+            bytes: 0x4000_0000,
+            serial: "s0".to_owned(),
+            token: [0; 32],
         }],
         vmm: "limosa".to_owned(),
         records: vec![(1, 2), (0x102, 1)],
@@ -53,7 +61,7 @@ const DESCRIPTION: &str = concat!(
     "0200",
     "0300",
     "0600",
-    "0000",
+    "0100",
     "03000000",
     "00000000",
     "0000000000000000",
@@ -73,6 +81,14 @@ const DESCRIPTION: &str = concat!(
     "0a000005000000000000000000000000",
     "06000000",
     "fd000000000000000000000000000005",
+    "0000004000000000",
+    "02",
+    "01",
+    "0500",
+    "0200",
+    "0000",
+    "2f766d2f61",
+    "7330",
     "0100",
     "0200",
     "0201",
@@ -146,6 +162,7 @@ fn requests() -> Vec<(Request, u16, String)> {
         (Request::Discard, 0x1a, none()),
         (Request::Shutdown, 0x1b, none()),
         (Request::Status, 0x1c, none()),
+        (Request::Yield, 0x1d, none()),
     ]
 }
 
@@ -173,7 +190,7 @@ fn answers() -> Vec<(Answer, Kind, String)> {
         (Answer::State(StateSize { count: 1, bytes: 20 }), Kind::Save, "01000000000000001400000000000000".to_owned()),
         (Answer::Status(status), Kind::Status, "05011e0000000000".to_owned()),
     ];
-    all.extend([Kind::FetchDirty, Kind::Pause, Kind::Load, Kind::Resume].map(|kind| (took(), kind, took_bytes())));
+    all.extend([Kind::FetchDirty, Kind::Pause, Kind::Load, Kind::Resume, Kind::Yield].map(|kind| (took(), kind, took_bytes())));
     let done = [Kind::Track, Kind::Throttle, Kind::Release, Kind::Discard, Kind::Shutdown];
     all.extend(done.map(|kind| (Answer::Done, kind, String::new())));
     all
@@ -201,6 +218,13 @@ fn limits_hold_in_both_directions() {
     vm.config.clear();
     vm.name = "n".repeat(257);
     assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).is_err());
+    vm.name = "x".to_owned();
+    vm.disks = vec![vm.disks[0].clone(); 9];
+    assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).unwrap_err().why.contains("at most 8"));
+    vm.disks.truncate(1);
+    vm.disks[0].path = "x".repeat(1025);
+    assert!(Request::Prepare(Box::new(vm.clone()), vec![]).emit(1).unwrap_err().why.contains("at most 1024"));
+    vm.disks.clear();
     vm.name = "two\nlines".to_owned();
     let bytes = Request::Prepare(Box::new(vm), vec![]).emit(1).unwrap();
     let error = Request::parse(Kind::Prepare, &bytes[HEADER_BYTES..]).unwrap_err();

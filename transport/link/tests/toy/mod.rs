@@ -401,6 +401,7 @@ pub fn vm(memory: &MemoryMap) -> VmDescription {
         vcpus: 1,
         memory: memory.clone(),
         nics: vec![],
+        disks: vec![],
         vmm: "toy".into(),
         records: vec![(1, 1)],
         config: vec![],

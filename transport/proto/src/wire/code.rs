@@ -85,6 +85,8 @@ codes! {
     LinkUnavailable = 21, "link-unavailable";
     /// A page that arrived is not the page that was sent.
     PageCheck = 22, "page-check";
+    /// A disk of the guest is missing at the destination, is another one, or is not allowed there.
+    Disk = 27, "disk";
 }
 
 impl fmt::Display for Code {

@@ -26,6 +26,12 @@ pub const CONFIG_BYTES_MAX: usize = 64 << 10;
 pub const NICS_MAX: usize = 64;
 /// Addresses of one network interface.
 pub const ADDRESSES_MAX: usize = 64;
+/// Disks of one guest.
+pub const DISKS_MAX: usize = 8;
+/// Bytes of a path of an image.
+pub const PATH_BYTES_MAX: usize = 1024;
+/// Bytes of a disk's serial number: what virtio-blk has room for.
+pub const SERIAL_BYTES_MAX: usize = 20;
 /// Virtual CPUs of one guest: the most that KVM offers.
 pub const VCPUS_MAX: u32 = 4096;
 /// Kinds of record that a description may list.

@@ -4,8 +4,9 @@
 use super::code::Code;
 use super::frame::{CONTROL_HEADER_BYTES, ControlHeader, LaneToken};
 use super::limits::{
-    ADDRESSES_MAX, ANNOUNCEMENTS_MAX, CONFIG_BYTES_MAX, LINKS_MAX, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX, PROBE_BYTES_MAX,
-    REASONS_MAX, RECORD_KINDS_MAX, VERSIONS_MAX, WORDS_BYTES_MAX, bytes, emit_bytes, list, text,
+    ADDRESSES_MAX, ANNOUNCEMENTS_MAX, CONFIG_BYTES_MAX, DISKS_MAX, LINKS_MAX, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX,
+    PATH_BYTES_MAX, PROBE_BYTES_MAX, REASONS_MAX, RECORD_KINDS_MAX, SERIAL_BYTES_MAX, VERSIONS_MAX, WORDS_BYTES_MAX, bytes,
+    emit_bytes, list, text,
 };
 use super::offer::{Keys, KeysAsk, LinkOffer};
 use super::version::VERSION_FIRST;
@@ -34,6 +35,41 @@ pub struct NicDescription {
     pub addresses: Vec<IpAddr>,
 }
 
+/// How an image is laid out in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ImageFormat {
+    /// The file is the disk.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+impl std::fmt::Display for ImageFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == ImageFormat::Raw { "raw" } else { "qcow2" })
+    }
+}
+
+/// One disk of a guest, on storage that both hosts see.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskDescription {
+    /// The image: an absolute path, the same on both hosts.
+    #[serde(deserialize_with = "text::<_, PATH_BYTES_MAX>")]
+    pub path: String,
+    /// Its format.
+    pub format: ImageFormat,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+    /// Size of the disk that the guest sees, in bytes.
+    pub bytes: u64,
+    /// The serial number that the guest sees.
+    #[serde(deserialize_with = "text::<_, SERIAL_BYTES_MAX>")]
+    pub serial: String,
+    /// What the source wrote into a file beside the image, so that the destination can tell that it has the same file and
+    /// not just the same path. Zeros: nothing.
+    pub token: [u8; 32],
+}
+
 /// A guest as its destination must know it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmDescription {
@@ -50,6 +86,9 @@ pub struct VmDescription {
     /// Its network interfaces.
     #[serde(deserialize_with = "list::<_, _, NICS_MAX>")]
     pub nics: Vec<NicDescription>,
+    /// Its disks.
+    #[serde(deserialize_with = "list::<_, _, DISKS_MAX>")]
+    pub disks: Vec<DiskDescription>,
     /// The kind of VMM that runs it, for example "limosa".
     #[serde(deserialize_with = "text::<_, NAME_BYTES_MAX>")]
     pub vmm: String,

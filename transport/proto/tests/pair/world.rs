@@ -123,6 +123,7 @@ pub(crate) fn vm() -> VmDescription {
             vlan: None,
             addresses: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
         }],
+        disks: vec![],
         vmm: "limosa".to_owned(),
         records: vec![(1, 1), (2, 1)],
         config: b"vcpus = 2".to_vec(),

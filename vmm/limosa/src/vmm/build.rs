@@ -3,13 +3,15 @@
 
 use super::console::Console;
 use super::sandbox::{self, Files};
-use limosa_agent::vm_config::{NicConfig, Serial, VmConfig, tap_name};
+use limosa_agent::vm_config::{DiskConfig, NicConfig, Serial, VmConfig, tap_name};
 use limosa_machine::{
-    BootConfig, Kind, Machine, MachineConfig, MemoryConfig, NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
+    BootConfig, DiskConfig as MachineDisk, DiskFormat, DiskInfo, Kind, Machine, MachineConfig, MemoryConfig,
+    NicConfig as MachineNic, PageSize, Populate, SerialSink, TapConfig,
 };
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{Gpa, MemoryMap, Region};
-use limosa_proto::wire::message::{NicDescription, VmDescription};
+use limosa_proto::wire::limits::PATH_BYTES_MAX;
+use limosa_proto::wire::message::{DiskDescription, ImageFormat, NicDescription, VmDescription};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -26,7 +28,17 @@ pub(super) fn files(config: &VmConfig) -> Result<Files, String> {
     if let Serial::File(path) = &config.serial {
         files.write.push(sandbox::touched(path)?);
     }
+    for disk in &config.disks {
+        let list = if disk.readonly { &mut files.read } else { &mut files.write };
+        list.push(disk.path.clone());
+    }
     Ok(files)
+}
+
+/// Whether a guest can be started on its disks. Asked before the fences are up: from behind them nobody can be named who has
+/// an image locked.
+pub(super) fn check_disks(config: &VmConfig) -> Result<(), String> {
+    config.disks.iter().try_for_each(|one| limosa_machine::disk_is_free(&disk(one))).map_err(|e| words(&e))
 }
 
 /// Builds the machine; `bridges` says which bridge each network has on this host, or is none where the VMM runs
@@ -52,8 +64,15 @@ pub(super) fn machine(
     };
     let serial = serial(&config.serial, console).map_err(|e| format!("the serial line's file cannot be opened: {e}"))?;
     let (rng, balloon) = (config.rng, config.balloon);
-    let machine = MachineConfig { nics, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
+    let disks = config.disks.iter().map(disk).collect();
+    let machine = MachineConfig { nics, disks, rng, balloon, serial, ..MachineConfig::new(config.vcpus, memory) };
     Machine::new(machine).map_err(|e| words(&e))
+}
+
+fn disk(disk: &DiskConfig) -> MachineDisk {
+    let format = disk.format.map(|format| if format == ImageFormat::Raw { DiskFormat::Raw } else { DiskFormat::Qcow2 });
+    let DiskConfig { path, readonly, serial, resolved, .. } = disk.clone();
+    MachineDisk { path, format, readonly, serial, resolved }
 }
 
 fn bridge_of(nic: &NicConfig, bridges: &[(String, String)]) -> Result<Option<String>, String> {
@@ -88,12 +107,23 @@ pub(super) fn describe(machine: &Machine, config: &VmConfig, id: VmId, text: &st
         vlan: nic.vlan,
         addresses: nic.addresses.clone(),
     };
+    let disk = |(disk, info): (&DiskConfig, DiskInfo)| {
+        let path = std::path::absolute(&disk.path).map_err(|e| format!("disk {}: {e}", disk.path.display()))?;
+        let told = path.to_str().filter(|path| path.len() <= PATH_BYTES_MAX && !path.chars().any(char::is_control));
+        let words = || format!("disk {}: its path is no plain text of at most {PATH_BYTES_MAX} bytes", path.display());
+        let path = told.ok_or_else(words)?.to_owned();
+        let format = if info.format == DiskFormat::Raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+        let (readonly, serial) = (disk.readonly, disk.serial.clone());
+        Ok(DiskDescription { path, format, readonly, bytes: info.bytes, serial, token: [0; 32] })
+    };
+    let disks = config.disks.iter().zip(machine.disks()).map(disk).collect::<Result<Vec<_>, String>>()?;
     Ok(VmDescription {
         id,
         name: config.name.clone(),
         vcpus: config.vcpus,
         memory,
         nics: config.nics.iter().map(nic).collect(),
+        disks,
         vmm: VMM_KIND.into(),
         records: Kind::all().collect(),
         config: text.as_bytes().to_vec(),

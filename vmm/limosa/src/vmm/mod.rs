@@ -48,6 +48,7 @@ fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
     let (config, text) = VmConfig::load(file).map_err(|e| ApiError::usage("configuration", e.to_string()))?;
     let id = random_id()?;
     let failed = |words: String| ApiError::refused("vmm", format!("guest {}: {words}", config.name));
+    build::check_disks(&config).map_err(failed)?;
     let running =
         Running::build(&config, id, &text, &args.bridge, config.populate, (console, !args.no_sandbox)).map_err(failed)?;
     build::boot(&running.machine, &config).map_err(failed)?;

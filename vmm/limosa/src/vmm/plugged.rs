@@ -4,13 +4,13 @@
 use super::build;
 use super::console::Console;
 use super::sandbox;
-use limosa_agent::vm_config::{Serial, VmConfig};
+use limosa_agent::vm_config::{DiskConfig, Serial, VmConfig};
 use limosa_machine::{Machine, MachineEvent, StateRecord};
 use limosa_plug::{DirtyBitmap, EventSender, Vmm, VmmDescription, VmmEvent};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::{MemoryMap, PAGES_PER_WORD};
 use limosa_proto::record::Record;
-use limosa_proto::wire::message::VmDescription;
+use limosa_proto::wire::message::{DiskDescription, VmDescription};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -115,7 +115,8 @@ pub(super) fn stopped(machine: &Weak<Machine>) -> Option<String> {
 /// The configuration that came with a guest from another host.
 ///
 /// Paths of the source's file system mean nothing here and are not obeyed: a peer must not choose which file of this
-/// host the serial line is written to. It goes to the VMM's log.
+/// host the serial line is written to. It goes to the VMM's log. Disks are those of the description: the agent has resolved
+/// their paths, and found that they lie in folders from which this host takes images.
 fn incoming_config(vm: &VmDescription) -> Result<(VmConfig, String), String> {
     let text = String::from_utf8(vm.config.clone()).map_err(|_| "the guest's configuration is no text")?;
     let mut config = VmConfig::parse(Path::new("the source's configuration"), &text).map_err(|e| e.to_string())?;
@@ -125,6 +126,17 @@ fn incoming_config(vm: &VmDescription) -> Result<(VmConfig, String), String> {
     if config.name != vm.name || config.vcpus != vm.vcpus || config.memory != vm.memory.bytes() {
         return Err("the guest's configuration contradicts its description".into());
     }
+    if config.disks.len() != vm.disks.len() {
+        return Err("the guest's configuration contradicts its description: it has another number of disks".into());
+    }
+    let disk = |disk: &DiskDescription| DiskConfig {
+        path: disk.path.clone().into(),
+        format: Some(disk.format),
+        readonly: disk.readonly,
+        serial: disk.serial.clone(),
+        resolved: true,
+    };
+    config.disks = vm.disks.iter().map(disk).collect();
     Ok((config, text))
 }
 
@@ -145,6 +157,11 @@ impl Vmm for Plugged {
         let running = Running::build(&config, description.id, &text, bridges, false, (self.console.take(), self.fenced))?;
         if !same_shape(&running.description.memory, &description.memory) {
             return Err("this VMM lays memory out in another way than the source's".into());
+        }
+        if let Some((ours, theirs)) =
+            running.description.disks.iter().zip(&description.disks).find(|(ours, theirs)| ours.bytes != theirs.bytes)
+        {
+            return Err(format!("disk {} has {} bytes here and {} at the source", ours.path, ours.bytes, theirs.bytes));
         }
         let described = running.described()?;
         self.watch(&running.machine);
@@ -184,6 +201,10 @@ impl Vmm for Plugged {
     fn load(&mut self, state: Vec<Record>) -> Result<(), String> {
         let record = |Record { kind, version, instance, bytes }| StateRecord { kind, version, instance, bytes };
         self.machine()?.load(state.into_iter().map(record).collect()).map_err(|e| build::words(&e))
+    }
+
+    fn give_up(&mut self) -> Result<(), String> {
+        self.machine()?.give_up_disks().map_err(|e| build::words(&e))
     }
 
     fn resume(&mut self) -> Result<(), String> {
@@ -226,6 +247,7 @@ mod tests {
             vcpus: 1,
             memory,
             nics: vec![],
+            disks: vec![],
             vmm: "limosa".into(),
             records: vec![],
             config,
@@ -237,6 +259,24 @@ mod tests {
         let text = "name = \"web\"\nmemory = \"64M\"\nkernel = \"/x\"\nserial = \"/etc/passwd\"\n";
         let (config, _) = incoming_config(&description(text)).unwrap();
         assert_eq!(config.serial, Serial::Stdout);
+    }
+
+    #[test]
+    fn disks_are_those_that_the_agent_has_resolved() {
+        let text = "name = \"web\"\nmemory = \"64M\"\nkernel = \"/x\"\n[[disk]]\npath = \"/etc/shadow\"\nformat = \"raw\"\n";
+        let mut vm = description(text);
+        assert!(incoming_config(&vm).unwrap_err().contains("another number of disks"));
+        vm.disks.push(DiskDescription {
+            path: "/srv/vm/web.qcow2".into(),
+            format: limosa_proto::wire::message::ImageFormat::Qcow2,
+            readonly: true,
+            bytes: 1 << 20,
+            serial: "s".into(),
+            token: [0; 32],
+        });
+        let (config, _) = incoming_config(&vm).unwrap();
+        let disk = &config.disks[0];
+        assert_eq!((disk.path.to_str(), disk.readonly, disk.resolved), (Some("/srv/vm/web.qcow2"), true, true));
     }
 
     #[test]

@@ -3,10 +3,13 @@
 //! device in the usual run, `LIMOSA_FUZZ_SECONDS` for longer (`make fuzz`). A failure prints its seed, `LIMOSA_FUZZ_SEED` repeats it.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 use super::balloon::Balloon;
+use super::block::Block;
 use super::net::Net;
 use super::rng::Rng;
 use super::worker::Backend;
 use super::worker::tests::{Rig, base};
+use crate::disk::image::Disk;
+use crate::disk::{DiskConfig, DiskFormat};
 use crate::tap::Tap;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -162,6 +165,19 @@ fn a_network_card_survives_any_driver() {
         let mut frame = vec![0; 70_000];
         let _ = nix::sys::socket::recv(wire.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT);
     });
+}
+
+#[test]
+fn a_disk_survives_any_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw");
+    std::fs::File::create(&path).unwrap().set_len(8 * 512).unwrap();
+    let format = Some(DiskFormat::Raw);
+    let disk = Disk::open(DiskConfig { path: path.clone(), format, readonly: false, serial: "s".into(), resolved: false });
+    let disk = std::sync::Arc::new(disk.unwrap());
+    disk.take(Duration::ZERO).unwrap();
+    torment("disk", Box::new(Block::new(disk)), |_| {});
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 8 * 512, "nothing grows");
 }
 
 #[test]

@@ -38,6 +38,8 @@ pub(crate) enum QueueError {
     Flags(u16),
     #[error("a chain is longer than 4 GiB or leaves the address space")]
     Length,
+    #[error("a request has no room for its header or its status")]
+    Room,
 }
 
 /// A piece of a chain.

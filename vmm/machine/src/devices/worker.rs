@@ -261,7 +261,14 @@ impl VirtioDevice {
         match transport.write(self.shared.ram(), offset, data) {
             Request::None => return,
             Request::Broken(reason) => self.shared.break_down(&mut transport, reason),
-            Request::Notify(_) | Request::Changed => {}
+            Request::Changed => {
+                drop(transport);
+                self.wake();
+                // A driver takes its memory back once a reset is written: the turn in hand, which may write it, ends first.
+                drop(self.backend());
+                return;
+            }
+            Request::Notify(_) => {}
         }
         drop(transport);
         self.wake();
