@@ -35,6 +35,8 @@ pub struct PingReport {
     pub answered: u64,
     /// Questions that never were, those apart that were still under way at the end; their numbers.
     pub lost: Vec<u64>,
+    /// Questions that were answered later; their numbers.
+    pub late: Vec<u64>,
     /// The longest answer time, in milliseconds.
     pub slowest_ms: f64,
 }
@@ -102,9 +104,9 @@ fn ping_report(text: &str) -> Result<PingReport> {
     // The last ones may be under way.
     let settled = sent.saturating_sub(2).max(answers.keys().next_back().copied().unwrap_or(0));
     let in_time = |number: &u64| answers.get(number).is_some_and(|ms| *ms <= PING_WAIT_MS);
-    let lost = (1..=settled).filter(|number| !in_time(number)).collect();
+    let (late, lost) = (1..=settled).filter(|number| !in_time(number)).partition(|number| answers.contains_key(number));
     let answered = answers.values().filter(|ms| **ms <= PING_WAIT_MS).count() as u64;
-    Ok(PingReport { sent, answered, lost, slowest_ms: answers.values().copied().fold(0.0, f64::max) })
+    Ok(PingReport { sent, answered, lost, late, slowest_ms: answers.values().copied().fold(0.0, f64::max) })
 }
 
 /// Which way a transfer goes.
@@ -286,7 +288,8 @@ mod tests {
         text += &line(6, "1200");
         text += "\n--- 10.78.0.101 ping statistics ---\n8 packets transmitted, 5 received, 37.5% packet loss, time 700ms\n";
         let report = ping_report(&text).unwrap();
-        assert_eq!((report.sent, report.answered, report.lost, report.slowest_ms), (8, 4, vec![3, 6], 1200.0));
+        assert_eq!((report.sent, report.answered, report.lost, report.slowest_ms), (8, 4, vec![3], 1200.0));
+        assert_eq!(report.late, [6]);
         let quit = format!("{}\r1/1 packets, 0% loss, min/avg/ewma/max = 1.5/1.5/1.5/1.5 ms\n", line(1, "1.5"));
         assert_eq!(ping_report(&quit).unwrap().sent, 1);
         assert!(ping_report("ping: connect: Network is unreachable").is_err());
