@@ -14,7 +14,8 @@ purpose=${1:-all}
 build='cc:gcc as:binutils ld:binutils make:make'
 demo="$build ip:iproute2 bridge:iproute2"
 lab="$build ip:iproute2 qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio modprobe:kmod
-    ibv_devinfo:ibverbs-utils ib_write_bw:perftest ping:iputils-ping iperf3:iperf3"
+    ibv_devinfo:ibverbs-utils ib_write_bw:perftest ping:iputils-ping iperf3:iperf3 xz:xz-utils
+    mkfs.ext4:e2fsprogs qemu-img:qemu-utils"
 all="$demo $lab qemu-img:qemu-utils qemu-io:qemu-utils"
 case $purpose in
     build) wanted=$build ;;

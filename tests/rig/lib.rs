@@ -7,6 +7,7 @@ pub mod command;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod linux;
 pub mod net;
 pub mod netns;
 pub mod process;

@@ -9,7 +9,7 @@ use crate::netns::{self, Netns};
 use crate::process::{self, Process};
 use crate::roce::kernel::{self, Kernel};
 use crate::roce::machine::Machine;
-use crate::roce::{Spec, shell_quoted};
+use crate::roce::{CPU_MODEL, Spec, shell_quoted};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,10 @@ use std::time::{Duration, Instant, SystemTime};
 pub const SWITCH: &str = "sw0";
 /// The addresses of the outer machine on the lab's Ethernet, in the lab's namespace: a third machine that watches.
 pub const WATCHER: &str = "10.77.0.9/24";
+/// The bridge that joins the machines' bridges for guests: another Ethernet, so that nothing on it touches the RDMA devices.
+pub const GUEST_SWITCH: &str = "sw1";
+/// The addresses of the outer machine among the guests.
+pub const GUEST_WATCHERS: [&str; 2] = ["10.78.0.9/24", "fd78::9/64"];
 /// How long two machines may take to come up on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How many folders of failed labs are kept.
@@ -267,6 +271,7 @@ impl Keeper {
             ip6: Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, u16::from(number)),
             mac: format!("52:54:00:77:00:{number:02x}"),
             port: format!("p-{host}"),
+            guest_port: format!("g-{host}"),
             console: folder.join(format!("{host}.console")),
             qemu: 0,
             netns: netns.name().to_owned(),
@@ -274,27 +279,32 @@ impl Keeper {
         };
         let control_mac = format!("52:54:00:78:00:{number:02x}");
         let control_port = format!("c-{host}");
+        let guest_mac = format!("52:54:00:79:00:{number:02x}");
         tap(netns, &machine.port, 9000)?;
         netns.ip(&format!("link set {} master {SWITCH}", machine.port))?;
         tap(netns, &control_port, 1500)?;
+        tap(netns, &machine.guest_port, 1500)?;
+        netns.ip(&format!("link set {} master {GUEST_SWITCH}", machine.guest_port))?;
         netns.ip(&format!("addr add 169.254.{number}.1/30 dev {control_port}"))?;
         let words = format!(
             "console=ttyS0 loglevel=4 panic=-1 mitigations=off random.trust_cpu=on lab.host={host} lab.ip={} lab.ip6={} \
-             lab.mac={} lab.control_mac={control_mac} lab.control={}",
+             lab.mac={} lab.control_mac={control_mac} lab.control={} lab.guest_mac={guest_mac}",
             machine.ip, machine.ip6, machine.mac, machine.control
         );
         let (cpus, memory) = (self.spec.cpus.to_string(), self.spec.memory_mib);
+        let cpu = self.spec.cpu_models.get(usize::from(number) - 1).map_or(CPU_MODEL, String::as_str);
         let mut command = netns.command("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]);
-        command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &cpus]);
+        command.args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", &cpus]);
         command.args(["-m", &format!("{memory}M"), "-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
         command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(first).args(["-append", &words, "-no-reboot"]);
         command.args(["-serial", &format!("file:{}", machine.console.display())]);
         command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
         command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
-        for (port, mac, more) in
-            [(&machine.port, &machine.mac, ",host_mtu=9000,speed=10000,duplex=full"), (&control_port, &control_mac, "")]
-        {
+        let fabric = ",host_mtu=9000,speed=10000,duplex=full";
+        let cards =
+            [(&machine.port, &machine.mac, fabric), (&control_port, &control_mac, ""), (&machine.guest_port, &guest_mac, "")];
+        for (port, mac, more) in cards {
             command.args(["-netdev", &format!("tap,id={port},ifname={port},script=no,downscript=no")]);
             command.args(["-device", &format!("virtio-net-pci,netdev={port},mac={mac},romfile={more}")]);
         }
@@ -351,6 +361,11 @@ fn switch(netns: &Netns) -> Result<()> {
     netns.ip(&format!("link add {SWITCH} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
     netns.ip(&format!("link set {SWITCH} address 02:00:00:77:00:0c mtu 9000 up"))?;
     netns.ip(&format!("addr add {WATCHER} dev {SWITCH}"))?;
+    netns.ip(&format!("link add {GUEST_SWITCH} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
+    netns.ip(&format!("link set {GUEST_SWITCH} address 02:00:00:78:00:0c up"))?;
+    for address in GUEST_WATCHERS {
+        netns.ip(&format!("addr add {address} dev {GUEST_SWITCH}{}", if address.contains(':') { " nodad" } else { "" }))?;
+    }
     Ok(())
 }
 

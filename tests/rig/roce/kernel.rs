@@ -149,22 +149,8 @@ pub fn write_initramfs(kernel: &Kernel, folder: &Path, first: &str, second: &str
     for name in ["bin", "modules", "proc", "sys", "dev", "host", "upper", "root"] {
         fs::create_dir_all(tree.join(name))?;
     }
-    let busybox = static_busybox()?;
-    fs::copy(&busybox, tree.join("bin/busybox")).with_context(|| format!("copying {}", busybox.display()))?;
-    let mut order = String::new();
-    for module in EARLY_MODULES {
-        let root = kernel.root.display().to_string();
-        let needs = run("modprobe", &["-d", &root, "-S", &kernel.release, "--show-depends", module])?;
-        for path in needs.lines().filter_map(|line| line.trim().strip_prefix("insmod ")) {
-            let path = Path::new(path.trim());
-            let name = path.file_name().context("a module's name")?.to_string_lossy().into_owned();
-            if !order.lines().any(|known| known == name) {
-                fs::copy(path, tree.join("modules").join(&name)).with_context(|| format!("copying {}", path.display()))?;
-                order.push_str(&format!("{name}\n"));
-            }
-        }
-    }
-    fs::write(tree.join("modules/order"), order)?;
+    copy_busybox(&tree)?;
+    copy_modules(kernel, &tree, &EARLY_MODULES)?;
     for (name, text) in [("init", first), ("second", second)] {
         fs::write(tree.join(name), text)?;
         fs::set_permissions(tree.join(name), fs::Permissions::from_mode(0o755))?;
@@ -173,6 +159,33 @@ pub fn write_initramfs(kernel: &Kernel, folder: &Path, first: &str, second: &str
     pack(&tree, &archive)?;
     fs::remove_dir_all(&tree)?;
     Ok(archive)
+}
+
+/// Copies busybox into `bin` of a first file system.
+pub(crate) fn copy_busybox(tree: &Path) -> Result<()> {
+    let busybox = static_busybox()?;
+    fs::copy(&busybox, tree.join("bin/busybox")).with_context(|| format!("copying {}", busybox.display()))?;
+    Ok(())
+}
+
+/// Copies modules, and those that they need, into `modules` of a first file system; `modules/order` names them as they are to be
+/// loaded. Modules that only newer processors take are left out.
+pub(crate) fn copy_modules(kernel: &Kernel, tree: &Path, modules: &[&str]) -> Result<()> {
+    let mut order = String::new();
+    for module in modules {
+        let root = kernel.root.display().to_string();
+        let needs = run("modprobe", &["-d", &root, "-S", &kernel.release, "--show-depends", module])?;
+        for path in needs.lines().filter_map(|line| line.trim().strip_prefix("insmod ")) {
+            let path = Path::new(path.trim());
+            let name = path.file_name().context("a module's name")?.to_string_lossy().into_owned();
+            if !order.lines().any(|known| known == name) && !name.ends_with("-intel.ko") {
+                fs::copy(path, tree.join("modules").join(&name)).with_context(|| format!("copying {}", path.display()))?;
+                order.push_str(&format!("{name}\n"));
+            }
+        }
+    }
+    fs::write(tree.join("modules/order"), order)?;
+    Ok(())
 }
 
 fn static_busybox() -> Result<PathBuf> {
@@ -187,7 +200,8 @@ fn static_busybox() -> Result<PathBuf> {
     Ok(path)
 }
 
-fn pack(tree: &Path, archive: &Path) -> Result<()> {
+/// Packs a folder as an initramfs.
+pub(crate) fn pack(tree: &Path, archive: &Path) -> Result<()> {
     let names = run("find", &[&tree.display().to_string(), "-mindepth", "1", "-printf", "%P\n"])?;
     let mut cpio = Command::new("cpio");
     cpio.args(["-o", "-H", "newc", "--quiet", "-R", "0:0"]).current_dir(tree).stdin(Stdio::piped());

@@ -34,6 +34,8 @@ pub struct Machine {
     pub mac: String,
     /// The bridge's port that it hangs on, in the lab's namespace.
     pub port: String,
+    /// The port of the guests' Ethernet that its bridge `br0` hangs on, likewise.
+    pub guest_port: String,
     /// What its kernel and its set-up said.
     pub console: PathBuf,
     /// Its QEMU on the outer machine.

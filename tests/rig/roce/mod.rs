@@ -9,10 +9,12 @@ pub mod inside;
 pub mod keeper;
 pub mod kernel;
 pub mod machine;
+pub mod station;
 pub mod wire;
 
 pub use keeper::{Event, Ready};
 pub use machine::{Machine, Output, Running, Task};
+pub use station::{Answer, Station};
 
 use crate::process::{self, wait_for};
 use crate::{Host, netns};
@@ -25,6 +27,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
+/// The usual processor. Without XSAVE: QEMU's emulation of SVM (7.2) does not tell KVM when a guest sets XCR0, so that KVM would
+/// run it with another one, and it would die of that sooner or later.
+pub const CPU_MODEL: &str = "max,-xsave";
+
 /// How a lab is made.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
@@ -32,6 +38,8 @@ pub struct Spec {
     pub memory_mib: u32,
     /// Processors of each machine.
     pub cpus: u32,
+    /// QEMU's model of the processors of alpha and of beta (`-cpu`).
+    pub cpu_models: [String; 2],
     /// The lab ends by itself after so many seconds.
     pub limit_seconds: u64,
     /// Where the folder with its logs is made.
@@ -47,7 +55,8 @@ impl Spec {
     /// There is no target folder.
     pub fn new() -> Result<Spec> {
         let folder = runs_folder()?;
-        Ok(Spec { memory_mib: 3072, cpus: 1, limit_seconds: 1800, folder, register: None })
+        let cpu_models = [CPU_MODEL.to_owned(), CPU_MODEL.to_owned()];
+        Ok(Spec { memory_mib: 3072, cpus: 1, cpu_models, limit_seconds: 1800, folder, register: None })
     }
 }
 
@@ -272,14 +281,22 @@ pub fn qemus(name: &str) -> Vec<u32> {
 ///
 /// # Panics
 /// When the test fails: that is its way to say so.
-#[allow(clippy::panic)]
 pub fn with_machines(test: impl FnOnce(&Machines) -> Result<()>) {
+    with_machines_like(Ok, test);
+}
+
+/// Likewise, with machines that are not the usual ones.
+///
+/// # Panics
+/// When the test fails.
+#[allow(clippy::panic)]
+pub fn with_machines_like(change: impl FnOnce(Spec) -> Result<Spec>, test: impl FnOnce(&Machines) -> Result<()>) {
     if let Some(reason) = missing() {
         crate::skip(&reason);
         return;
     }
     let result = process::lock("rig-machines").and_then(|_lock| {
-        let mut machines = Machines::boot(&Spec::new()?)?;
+        let mut machines = Machines::boot(&change(Spec::new()?)?)?;
         let result = test(&machines);
         if result.is_err() {
             machines.save_logs();

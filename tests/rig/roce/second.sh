@@ -49,6 +49,7 @@ for card in /sys/class/net/*; do
     case $(cat "$card/address") in
         "$lab_mac") ip link set "${card##*/}" name v0 ;;
         "$lab_control_mac") ip link set "${card##*/}" name control0 ;;
+        "$lab_guest_mac") ip link set "${card##*/}" name g0 ;;
     esac
 done
 try ip link set lo up
@@ -60,6 +61,11 @@ try rdma link add rxe0 type rxe netdev v0
 for module in kvm_amd tun veth bridge sch_netem af_packet; do
     try modprobe "$module"
 done
+# Guests have an Ethernet of their own. This machine has no address there.
+try ip link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+try ip link set g0 master br0
+try ip link set g0 up
+try ip link set br0 up
 
 cp /run/lab/outer/@AGENT@ /run/lab/agent || problem "the agent cannot be copied"
 echo "lab: ready"
