@@ -35,6 +35,9 @@ struct Lab<'a> {
     beta: Station<'a>,
 }
 
+/// A step and its name.
+type Step = (&'static str, fn(&Lab<'_>) -> Result<()>);
+
 #[test]
 fn stock_linux_guests_boot_and_move_and_nobody_notices() {
     let like = |spec| {
@@ -50,7 +53,7 @@ fn stock_linux_guests_boot_and_move_and_nobody_notices() {
         let more_alpha = format!("[[network]]\nname = \"dmz\"\nbridge = \"br9\"\n{storage}");
         let [alpha, beta] = Station::pair(machines.alpha(), machines.beta(), [&more_alpha, &storage])?;
         let lab = Lab { machines, alpha, beta };
-        let steps: [(&str, fn(&Lab<'_>) -> Result<()>); 6] = [
+        let steps: [Step; 6] = [
             ("boots", boots_both_kernel_files),
             ("refusals", is_refused_with_every_reason),
             ("moves", goes_there_and_back_under_load),
