@@ -28,6 +28,9 @@ const SHORT: Duration = Duration::from_secs(60);
 /// MiB at the start of the raw disk that the disk writer owns.
 const DISK_MIB: usize = 1;
 
+/// One step of the test; it leaves the lab as the next one expects it, or makes what it lacks.
+type Step = fn(&Lab<'_>) -> Result<()>;
+
 /// A lab with an agent on each machine and storage that both see.
 struct Lab<'a> {
     machines: &'a Machines,
@@ -35,8 +38,6 @@ struct Lab<'a> {
     beta: Station<'a>,
 }
 
-/// A step and its name.
-type Step = (&'static str, fn(&Lab<'_>) -> Result<()>);
 
 #[test]
 fn stock_linux_guests_boot_and_move_and_nobody_notices() {
@@ -53,7 +54,7 @@ fn stock_linux_guests_boot_and_move_and_nobody_notices() {
         let more_alpha = format!("[[network]]\nname = \"dmz\"\nbridge = \"br9\"\n{storage}");
         let [alpha, beta] = Station::pair(machines.alpha(), machines.beta(), [&more_alpha, &storage])?;
         let lab = Lab { machines, alpha, beta };
-        let steps: [Step; 6] = [
+        let steps: [(&str, Step); 6] = [
             ("boots", boots_both_kernel_files),
             ("refusals", is_refused_with_every_reason),
             ("moves", goes_there_and_back_under_load),
