@@ -1,7 +1,8 @@
 //! The CPU that a guest sees: what KVM supports or the machine's owner chose of it, with each vCPU's own number in it. Which
 //! features a guest gets is not decided here.
 
-use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::VcpuFd;
 
 use crate::kvm::Capabilities;
 
@@ -9,6 +10,17 @@ const ECX1_X2APIC: u32 = 1 << 21;
 const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
 const EDX1_HYPERTHREADS: u32 = 1 << 28;
+
+/// The CPUID of a vCPU as KVM holds it. Kernels before 6.3 do not say how many entries they filled: the rest is zeros, which
+/// would read as leaf 0 over and over.
+pub(crate) fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
+    Ok(filled(fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?.as_slice()))
+}
+
+fn filled(entries: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    let last = entries.iter().rposition(|entry| *entry != kvm_cpuid_entry2::default());
+    entries.get(..last.map_or(0, |last| last + 1)).unwrap_or_default().to_vec()
+}
 
 /// What KVM supports, with the features that it makes by itself and does not list everywhere.
 pub(crate) fn offered_cpuid(supported: &[kvm_cpuid_entry2], caps: &Capabilities) -> Vec<kvm_cpuid_entry2> {
@@ -69,6 +81,14 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::print_stdout)]
     use super::*;
     use crate::kvm;
+
+    #[test]
+    fn what_an_old_kernel_left_empty_is_no_leaf() {
+        let leaf = |function| kvm_cpuid_entry2 { function, eax: 1, ..Default::default() };
+        let empty = kvm_cpuid_entry2::default();
+        assert_eq!(filled(&[leaf(0), empty, leaf(7), empty, empty]), [leaf(0), empty, leaf(7)]);
+        assert_eq!(filled(&[empty, empty]), []);
+    }
 
     #[test]
     fn each_vcpu_has_its_own_number() {

@@ -1,7 +1,7 @@
 //! The CPU that this host's KVM can give to guests, in raw numbers, and the CPUID that a saved vCPU had. What a guest gets of it,
 //! and how CPUs compare, is decided by who builds the machine.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::cpu;
@@ -56,8 +56,7 @@ fn shown(vcpu: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<Vec<kvm_cpuid_entr
     let failed = |what| move |source| KvmError::Ioctl { what, source };
     let too_many = |_| KvmError::Ioctl { what: "arranging CPUID", source: kvm_ioctls::Error::new(libc::E2BIG) };
     vcpu.set_cpuid2(&CpuId::from_entries(cpuid).map_err(too_many)?).map_err(failed("KVM_SET_CPUID2"))?;
-    let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
-    Ok(shown.as_slice().to_vec())
+    cpu::of_vcpu(vcpu).map_err(failed("KVM_GET_CPUID2"))
 }
 
 /// The feature MSRs that this KVM knows; one that it cannot read is left out.

@@ -24,6 +24,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use crate::cpu;
 use crate::kvm::Capabilities;
 use crate::vcpu;
 
@@ -122,9 +123,8 @@ pub(crate) fn save(id: u32, fd: &VcpuFd, caps: &Capabilities, msrs: &[u32]) -> R
     let mut msrs = read_msrs(fd, msrs).map_err(refused(id, "KVM_GET_MSRS"))?;
     mend_deadline(&lapic, &mut msrs);
     let events = optional(caps.vcpu_events, || fd.get_vcpu_events()).map_err(refused(id, "KVM_GET_VCPU_EVENTS"))?;
-    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(refused(id, "KVM_GET_CPUID2"))?;
+    let cpuid = cpu::of_vcpu(fd).map_err(refused(id, "KVM_GET_CPUID2"))?;
     let tsc_khz = if caps.tsc_khz { fd.get_tsc_khz().ok().filter(|khz| *khz != 0) } else { None };
-    let cpuid = cpuid.as_slice().to_vec();
     Ok(VcpuRecord { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, msrs, events })
 }
 
