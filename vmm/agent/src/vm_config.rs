@@ -435,13 +435,13 @@ mod tests {
 
     #[test]
     fn problems_are_named() {
-        let text = "name = \"../x\"\nmemory = \"3\"\ncpus = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n[[disk]]\nformat = \"vmdk\"\n\
+        let text = "name = \"../x\"\nmemory = \"3\"\nvcpuz = 3\n[[nic]]\nmac = \"01:00:00:00:00:00\"\n[[disk]]\nformat = \"vmdk\"\n\
                     serial = \"aaaaaaaaaaaaaaaaaaaaa\"\n[[disk]]\npath = \"a\"\n[[disk]]\npath = \"a\"\n";
         let error = VmConfig::parse(Path::new("v.toml"), text).unwrap_err().to_string();
         for part in [
             "v.toml:1: name is",
             "v.toml:2: memory is 3 bytes",
-            "v.toml:3: unknown key \"cpus\"; did you mean \"vcpus\"?",
+            "v.toml:3: unknown key \"vcpuz\"; did you mean \"vcpus\"?",
             "v.toml:5: nic.mac is",
             "nic.network is missing",
             "kernel is missing",

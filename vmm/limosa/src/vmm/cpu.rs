@@ -77,10 +77,12 @@ impl Host {
 
     /// Refuses saved vCPUs whose CPUID this host cannot give: what a description says is not what is loaded.
     pub(super) fn check_saved(&self, records: &[StateRecord]) -> Result<(), String> {
+        // As KVM shows it, not made consistent: a vCPU was saved as KVM showed it, too.
+        let shown = CpuProfile { leaves: leaves(&self.raw.cpuid), ..CpuProfile::default() };
         for record in records {
             let Some(cpuid) = saved_cpuid(record).map_err(|e| words(&e))? else { continue };
             let saved = CpuProfile { leaves: leaves(&cpuid), ..CpuProfile::default() };
-            let found = compare(&saved, &self.profile);
+            let found = compare(&saved, &shown);
             if !found.fits() {
                 return Err(format!("vCPU {}: {}", record.instance, found.words("this host")));
             }
