@@ -79,7 +79,10 @@ fn a_mac_that_somebody_behind_a_port_of_the_bridge_has() {
 #[test]
 fn an_mtu_that_is_too_small_at_the_destination() {
     with_lab(AgentConfig::default().network("mtu", 3000), |lab| {
-        for host in [&lab.a, &lab.b] {
+        for (host, port) in [(&lab.a, "p-a"), (&lab.b, "p-b")] {
+            // The agents talk over the same bridges: the whole way must carry what they then send.
+            lab.switch.ip(&format!("link set {port} mtu 3000"))?;
+            host.ip("link set up0 mtu 3000")?;
             host.ip("link set br0 mtu 3000")?;
         }
         let guest = GuestSpec::new("web", 1).nic("mtu = 2000");
