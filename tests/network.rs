@@ -64,9 +64,11 @@ fn a_mac_that_somebody_behind_a_port_of_the_bridge_has() {
         let guest = GuestSpec::new("web", 1);
         lab.guest(&guest)?;
         // The guest was heard through the uplink, of course: no conflict, as the end of this test shows.
-        let _asking = rig::net::GuestProbe::start(&lab.b.netns, guest.ip())?;
+        let asking = rig::net::GuestProbe::start(&lab.b.netns, guest.ip())?;
         let seen = || Ok((rig::net::fdb_port(&lab.b.netns, "br0", &guest.mac())?.as_deref() == Some("up0")).then_some(()));
         wait_for(Duration::from_secs(5), "the guest's MAC on b's uplink", seen)?;
+        // What is heard there moves the entry that is made now.
+        asking.finish()?;
         lab.b.ip("tuntap add foreign0 mode tap")?;
         lab.b.ip("link set foreign0 master br0")?;
         run("bridge", &["-n", lab.b.netns.name(), "fdb", "replace", &guest.mac(), "dev", "foreign0", "master", "static"])?;
