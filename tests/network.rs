@@ -64,9 +64,11 @@ fn a_mac_that_somebody_behind_a_port_of_the_bridge_has() {
         let guest = GuestSpec::new("web", 1);
         lab.guest(&guest)?;
         // The guest was heard through the uplink, of course: no conflict, as the end of this test shows.
-        let _asking = rig::net::GuestProbe::start(&lab.b.netns, guest.ip())?;
+        let asking = rig::net::GuestProbe::start(&lab.b.netns, guest.ip())?;
         let seen = || Ok((rig::net::fdb_port(&lab.b.netns, "br0", &guest.mac())?.as_deref() == Some("up0")).then_some(()));
         wait_for(Duration::from_secs(5), "the guest's MAC on b's uplink", seen)?;
+        // What is heard there moves the entry that is made now.
+        asking.finish()?;
         lab.b.ip("tuntap add foreign0 mode tap")?;
         lab.b.ip("link set foreign0 master br0")?;
         run("bridge", &["-n", lab.b.netns.name(), "fdb", "replace", &guest.mac(), "dev", "foreign0", "master", "static"])?;
@@ -79,7 +81,10 @@ fn a_mac_that_somebody_behind_a_port_of_the_bridge_has() {
 #[test]
 fn an_mtu_that_is_too_small_at_the_destination() {
     with_lab(AgentConfig::default().network("mtu", 3000), |lab| {
-        for host in [&lab.a, &lab.b] {
+        for (host, port) in [(&lab.a, "p-a"), (&lab.b, "p-b")] {
+            // The agents talk over the same bridges: the whole way must carry what they then send.
+            lab.switch.ip(&format!("link set {port} mtu 3000"))?;
+            host.ip("link set up0 mtu 3000")?;
             host.ip("link set br0 mtu 3000")?;
         }
         let guest = GuestSpec::new("web", 1).nic("mtu = 2000");

@@ -2,15 +2,12 @@
 //! each question, from sysfs and the bridges' tables. It changes nothing; whether a guest fits is `limosa_proto::compat`'s.
 
 use crate::config::{Config, Network};
-use limosa_announce::{Hold, mac_words, stations};
+use limosa_announce::{Hold, Station, mac_words, stations};
 use limosa_proto::compat::{MacHolder, NetworkOffer};
 use nix::net::if_::if_indextoname;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// Interfaces that lead to other hosts, by DEVTYPE: a MAC on them is that of a machine elsewhere.
-const UPLINKS: &[&str] = &["bond", "team", "vlan", "vxlan", "geneve", "gretap", "wwan", "wlan"];
 
 fn about(interface: &str) -> PathBuf {
     Path::new("/sys/class/net").join(interface)
@@ -22,13 +19,6 @@ fn number(path: &Path) -> Option<u32> {
 
 fn is_tap(interface: &str) -> bool {
     about(interface).join("tun_flags").exists()
-}
-
-/// Whether an interface leads to other hosts.
-fn is_uplink(interface: &str) -> bool {
-    let kind = fs::read_to_string(about(interface).join("uevent")).unwrap_or_default();
-    let kind = kind.lines().find_map(|line| line.strip_prefix("DEVTYPE=")).unwrap_or_default();
-    about(interface).join("device").exists() || UPLINKS.contains(&kind)
 }
 
 /// The networks that the configuration names, as they are now.
@@ -78,8 +68,9 @@ fn bridge_mtu(bridge: &str) -> Option<u32> {
     (!ports.is_empty()).then_some(own)
 }
 
-/// Who has which MAC address on this host: its interfaces, and what the bridges know on their local ports. A MAC that was
-/// learned on an uplink is that of a machine elsewhere, such as the guest that wants to come, and no conflict.
+/// Who has which MAC address on this host: its interfaces, and what the bridges know on TAPs. Behind any other port may be a
+/// network: a MAC there is that of a machine elsewhere, such as the guest that wants to come, and no conflict. A static entry
+/// proves no more than a learned one, for the kernel moves it to where the MAC was heard last.
 pub(crate) fn mac_holders() -> Vec<MacHolder> {
     let mut holders = Vec::new();
     for name in interfaces() {
@@ -89,27 +80,25 @@ pub(crate) fn mac_holders() -> Vec<MacHolder> {
         }
     }
     match stations() {
-        Ok(all) => holders.extend(on_local_ports(&all)),
+        Ok(all) => holders.extend(behind_taps(&all)),
         Err(error) => tracing::warn!(%error, "who has a MAC address behind the bridges' ports is not known"),
     }
     holders
 }
 
-fn on_local_ports(all: &[limosa_announce::Station]) -> Vec<MacHolder> {
-    let mut ports: HashMap<u32, (String, bool, bool)> = HashMap::new();
+fn behind_taps(all: &[Station]) -> Vec<MacHolder> {
+    // The name of each port that is a TAP.
+    let mut ports: HashMap<u32, Option<String>> = HashMap::new();
     let mut holders: Vec<MacHolder> = Vec::new();
     for station in all.iter().filter(|station| station.hold != Hold::Own) {
-        let (port, tap, uplink) = ports.entry(station.port).or_insert_with(|| {
+        let port = ports.entry(station.port).or_insert_with(|| {
             let name = if_indextoname(station.port).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let (tap, uplink) = (is_tap(&name), is_uplink(&name));
-            (name, tap, uplink)
+            is_tap(&name).then_some(name)
         });
-        // Learned proves a holder only on a TAP: behind any other port may be a network. What somebody put there is meant so.
-        let holds = *tap || station.hold == Hold::Static && !*uplink;
+        let Some(port) = port else { continue };
         // A table has an entry for each VLAN.
-        if holds && holders.last().is_none_or(|last| last.mac != station.mac) {
-            let kind = if *tap { "who is behind the TAP" } else { "a static entry of the bridge port" };
-            holders.push(MacHolder { mac: station.mac, who: format!("{kind} {port}") });
+        if holders.last().is_none_or(|last| last.mac != station.mac) {
+            holders.push(MacHolder { mac: station.mac, who: format!("who is behind the TAP {port}") });
         }
     }
     holders

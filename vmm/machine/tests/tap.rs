@@ -1,5 +1,5 @@
 //! Opening TAPs: what is in the way is said in words and leaves nothing, and a VLAN makes an access port. Needs root.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
 use limosa_machine::Tap;
 use nix::sched::{CloneFlags, unshare};
