@@ -1,7 +1,7 @@
 //! Tests of images: formats, their refusals, the lock with QEMU as the other side, and that QEMU finds what we wrote right.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 use super::*;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const MIB: u64 = 1 << 20;
