@@ -86,26 +86,16 @@ fn a_disk_is_held_by_one_host_at_a_time_there_and_back() {
         }
         lab.guest(&guest)?;
         held_by(&raw, &lab.a, &lab.b)?;
-        let done = AtomicBool::new(false);
         for (from, to) in [(&lab.a, &lab.b), (&lab.b, &lab.a)] {
-            std::thread::scope(|scope| -> Result<()> {
-                done.store(false, Ordering::Release);
-                let watching = scope.spawn(|| {
-                    let mut most = 0;
-                    while !done.load(Ordering::Acquire) {
-                        // The destination first: if it has the image, the source has given it up before.
-                        let vmms: Vec<u32> = to.vmms(None).into_iter().chain(from.vmms(None)).collect();
-                        most = most.max(holders(&raw, &vmms).len());
-                    }
-                    most
-                });
-                let moved = from.migrate_well("web", to, &[]);
-                done.store(true, Ordering::Release);
-                let most = watching.join().unwrap();
-                moved?;
-                ensure!(most == 1, "{most} held the image at once");
-                Ok(())
-            })?;
+            let mut moving = from.start(&["--json", "migrate", "web", "--to", &to.name])?;
+            let mut most = 0;
+            while !moving.ended()? {
+                // The destination first: if it has the image, the source has given it up before.
+                let vmms: Vec<u32> = to.vmms(None).into_iter().chain(from.vmms(None)).collect();
+                most = most.max(holders(&raw, &vmms).len());
+            }
+            moving.wait(PATIENCE)?.expect_code(0)?;
+            ensure!(most == 1, "{most} held the image at once");
             lab.guest_is_on(&guest, to, from)?;
             held_by(&raw, to, from)?;
             if with_qcow2 {
