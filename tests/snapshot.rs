@@ -116,8 +116,8 @@ fn a_paused_guest_whose_migration_fails_stays_paused() {
 #[test]
 fn a_quick_guest_goes_at_once() {
     with_lab(AgentConfig::default(), |lab| {
-        // Beyond what pre-copy would let go: it writes as fast as it can, and no downtime is allowed.
-        let guest = GuestSpec::new("web", 1).dirty("max", "32M");
+        // Beyond what pre-copy would let go: it writes, and no downtime is allowed.
+        let guest = GuestSpec::new("web", 1).dirty("20M", "16M");
         lab.guest(&guest)?;
         let plan = lab.a.ask(&["migrate", "web", "--to", "b", "--quick", "--print-plan"])?;
         ensure!(plan["quick"] == true && plan["paused"] == false, "{plan}");
