@@ -38,7 +38,6 @@ struct Lab<'a> {
     beta: Station<'a>,
 }
 
-
 #[test]
 fn stock_linux_guests_boot_and_move_and_nobody_notices() {
     let like = |spec| {
