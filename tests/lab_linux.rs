@@ -22,7 +22,7 @@ const LINKS: [&str; 2] = ["tcp", "rdma"];
 const LACKING: [&str; 2] = ["bmi2", "adx"];
 /// Bytes a second of each transfer: well below what a nested guest of an emulated machine can do.
 const RATE: u64 = 256 << 10;
-/// Retransmission time-outs that a transfer may see.
+/// Retransmission time-outs of all connections that one move may cost: the third comes more than a second after the first.
 const TIMEOUTS_MAX: u64 = 3;
 const SHORT: Duration = Duration::from_secs(60);
 /// MiB at the start of the raw disk that the disk writer owns.
@@ -44,7 +44,7 @@ fn stock_linux_guests_boot_and_move_and_nobody_notices() {
         // The machines see the outer machine's files as if nobody wrote to them: so before they boot.
         rig::linux::image::images()?;
         let less = LACKING.iter().fold(CPU_MODEL.to_owned(), |model, feature| format!("{model},-{feature}"));
-        Ok(Spec { cpus: 2, cpu_models: [CPU_MODEL.into(), less], limit_seconds: 3600, ..spec })
+        Ok(Spec { cpus: 1, cpu_models: [CPU_MODEL.into(), less], limit_seconds: 3600, ..spec })
     };
     with_machines_like(like, |machines| {
         share(machines)?;
@@ -226,7 +226,8 @@ fn goes_there_and_back_under_load(lab: &Lab<'_>) -> Result<()> {
         beat.get("disk_seq"),
         beat.get("files"),
     );
-    ensure!(timeouts.0 <= TIMEOUTS_MAX && timeouts.1 <= TIMEOUTS_MAX, "retransmission time-outs: {timeouts:?}");
+    let most = TIMEOUTS_MAX * times as u64 * LINKS.len() as u64 * 2;
+    ensure!(timeouts.0 <= most && timeouts.1 <= most, "retransmission time-outs: {timeouts:?}, at most {most}");
     ensure!(pings.lost.is_empty(), "pings {:?} of {} were never answered", pings.lost, pings.sent);
     // On a machine that is too busy for a second's wait anyway, lateness proves nothing.
     ensure!(!calm || pings.late.is_empty(), "pings {:?} of {} were answered after more than a second", pings.late, pings.sent);

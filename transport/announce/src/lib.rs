@@ -29,7 +29,7 @@
 //! ```
 //!
 //! Which addresses a guest has is configured, and learned by watching its port ([`Watcher`], [`Learned`]). Whether it answers
-//! in its new place is asked by [`reach`]. Who holds which MAC on the local bridges is read by [`stations`].
+//! in its new place is asked by [`reach`]. What came to its old place meanwhile is sent on by [`Kept`]. Who holds which MAC on the local bridges is read by [`stations`].
 //!
 //! Not here: the decision *when* a guest may be announced (only after the commit; that is the agent's).
 
@@ -38,6 +38,7 @@
 mod announcer;
 mod arp;
 mod fdb;
+mod forward;
 mod frame;
 mod learn;
 mod ndisc;
@@ -51,6 +52,7 @@ mod stations;
 mod watch;
 
 pub use announcer::{Announcer, Outcome, Sent};
+pub use forward::Kept;
 pub use frame::{FRAME_BYTES_MIN, Frame, FrameKind, frames};
 pub use learn::{Claim, LEARNED_MAX, Learned, Way, claim};
 pub use nic::{ADDRESSES_MAX, Nic, mac_words};

@@ -124,7 +124,6 @@ impl PacketSocket {
     /// Hears the frames of one interface, both ways, by which addresses are learned.
     pub(crate) fn listen(interface: &str) -> Result<PacketSocket, ListenError> {
         let socket = PacketSocket::open()?;
-        let index = if_nametoindex(interface).map_err(|_| ListenError::NoSuchInterface)?;
         setsockopt(&socket.fd, sockopt::RcvBuf, &RECEIVE_BYTES).map_err(ListenError::Other)?;
         let filter = libc::sock_fprog { len: FILTER.len() as u16, filter: FILTER.as_ptr().cast_mut() };
         // SAFETY: `filter` names FILTER with its length; the kernel copies the program and writes nothing. The descriptor is open.
@@ -138,17 +137,33 @@ impl PacketSocket {
             )
         };
         Errno::result(done).map_err(ListenError::Other)?;
-        let on = address(i32::try_from(index).map_err(|_| ListenError::NoSuchInterface)?, ANY_PROTOCOL);
-        // SAFETY: `on` is a sockaddr_ll of the size given, which the kernel reads; the descriptor is open.
-        let done = unsafe {
-            libc::bind(socket.fd.as_raw_fd(), (&raw const on).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t)
-        };
-        Errno::result(done).map_err(ListenError::Other)?;
+        socket.bind(interface)?;
         Ok(socket)
     }
 
+    /// Hears every frame of one interface, both ways, as far as `bytes` hold them until they are read.
+    pub(crate) fn hear_all(interface: &str, bytes: usize) -> Result<PacketSocket, ListenError> {
+        let socket = PacketSocket::open()?;
+        // Beyond the host's limit, where that is permitted; the limit itself is room for some hundred frames.
+        if setsockopt(&socket.fd, sockopt::RcvBufForce, &bytes).is_err() {
+            setsockopt(&socket.fd, sockopt::RcvBuf, &bytes).map_err(ListenError::Other)?;
+        }
+        socket.bind(interface)?;
+        Ok(socket)
+    }
+
+    fn bind(&self, interface: &str) -> Result<(), ListenError> {
+        let index = if_nametoindex(interface).map_err(|_| ListenError::NoSuchInterface)?;
+        let on = address(i32::try_from(index).map_err(|_| ListenError::NoSuchInterface)?, ANY_PROTOCOL);
+        // SAFETY: `on` is a sockaddr_ll of the size given, which the kernel reads; the descriptor is open.
+        let done = unsafe {
+            libc::bind(self.fd.as_raw_fd(), (&raw const on).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t)
+        };
+        Errno::result(done).map(drop).map_err(ListenError::Other)
+    }
+
     /// The next frame that was heard, if there is one: its bytes in the buffer, and whether this host sent it.
-    pub(crate) fn receive(&self, buffer: &mut [u8; FRAME_BYTES_MAX]) -> Result<(usize, bool), Errno> {
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
         let (bytes, from) = recvfrom::<LinkAddr>(self.fd.as_raw_fd(), buffer)?;
         Ok((bytes.min(buffer.len()), from.is_some_and(|from| from.pkttype() == libc::PACKET_OUTGOING)))
     }

@@ -7,7 +7,8 @@ use crate::check::advice;
 use crate::hosts::Host;
 use crate::jobs::Ending;
 use crate::links;
-use crate::outgoing::{Prepared, Sending, resolve};
+use crate::networks;
+use crate::outgoing::{KeptFrames, Prepared, Sending, resolve};
 use crate::pages::GuestPages;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
@@ -21,7 +22,7 @@ use limosa_proto::report::{LinkTried, Measured, Report};
 use limosa_proto::state::SourceState;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{Refusal, VmDescription};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
@@ -109,9 +110,10 @@ pub(crate) async fn carry_out(
     let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
-    let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel };
+    let kept = KeptFrames::default();
+    let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept };
     let (outcome, report) = leaving.leave(wanted).await;
-    let Leaving { agent, vm, .. } = leaving;
+    let Leaving { agent, vm, kept, .. } = leaving;
     // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
     let _ = tokio::task::spawn_blocking(move || drop(marks)).await;
     let mut ending = ending(&outcome, report);
@@ -125,6 +127,8 @@ pub(crate) async fn carry_out(
     let finish = move || {
         match outcome {
             SourceOutcome::Committed => {
+                // The destination has announced the guest once by now, so they find the way.
+                send_on(&vm.name, &kept);
                 vm.end_within(LEAVE_MAX);
                 finishing.vms.remove(vm.id);
             }
@@ -136,6 +140,16 @@ pub(crate) async fn carry_out(
     // A VMM that takes long to end must not hold up the threads that answer others.
     let _ = tokio::task::spawn_blocking(finish).await;
     agent.jobs.end(id, ending);
+}
+
+/// Sends what came to the guest's ports here on to where it is now.
+fn send_on(vm: &str, kept: &KeptFrames) {
+    for port in kept.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        let bridge = port.bridge().to_owned();
+        let Some(own) = networks::own_mac(&bridge) else { continue };
+        let frames = port.send_on(own);
+        tracing::info!(vm, bridge, frames, "frames that came for the guest in its pause were sent on");
+    }
 }
 
 /// One guest on its way out.
@@ -151,6 +165,7 @@ struct Leaving {
     /// Of the attempt that is made.
     generation: Generation,
     cancel: Cancel,
+    kept: KeptFrames,
 }
 
 impl Leaving {
@@ -225,7 +240,7 @@ impl Leaving {
         let (progress, seen) = watch::channel(Progress::new(self.description.memory.bytes()));
         let last = seen.clone();
         let showing = tokio::spawn(show(Arc::clone(&self.agent), self.id, seen));
-        let sending = Box::new(Sending::new(&self.agent, &self.vm, &self.pages));
+        let sending = Box::new(Sending::new(&self.agent, &self.vm, &self.pages, &self.kept));
         let (outcome, report) = run_source_over(link, config, lanes, false, sending, self.cancel.clone(), progress).await;
         // The last progress has been sent by now, and the sender is gone.
         let _ = showing.await;

@@ -104,6 +104,11 @@ fn behind_taps(all: &[Station]) -> Vec<MacHolder> {
     holders
 }
 
+/// The MAC of an interface of this host.
+pub(crate) fn own_mac(interface: &str) -> Option<[u8; 6]> {
+    mac_of(std::fs::read_to_string(format!("/sys/class/net/{interface}/address")).ok()?.trim())
+}
+
 /// A MAC address in the kernel's words; none for zeros and for addresses of another kind.
 fn mac_of(text: &str) -> Option<[u8; 6]> {
     let bytes: Vec<u8> = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>().ok()?;

@@ -2,6 +2,7 @@
 //! `leaving`; how a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
 
 use crate::agent::Agent;
+use crate::announcing;
 use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobState, MigrateRequest, Plan};
 use crate::disks::{self, Marks};
 use crate::hosts::Host;
@@ -9,6 +10,7 @@ use crate::jobs::unix_ms;
 use crate::leaving;
 use crate::pages::GuestPages;
 use crate::vm::{Claim, Vm, VmState};
+use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
 use limosa_link::{HostError, Pages, SourceHost};
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
@@ -19,7 +21,7 @@ use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
 use limosa_proto::wire::message::VmDescription;
 use ring::rand::SecureRandom as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a paused guest's VMM that has lost its connection may take to come back before it is given up.
@@ -167,7 +169,11 @@ pub(crate) struct Sending {
     began: f64,
     /// CPU seconds of it for the migration, as last seen.
     used: f64,
+    kept: KeptFrames,
 }
+
+/// What came to the guest's ports since its pause began.
+pub(crate) type KeptFrames = Arc<Mutex<Vec<Kept>>>;
 
 pub(crate) fn host_error(error: PlugError) -> HostError {
     HostError::new(error.to_string())
@@ -203,9 +209,22 @@ pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
 }
 
 impl Sending {
-    pub(crate) fn new(agent: &Arc<Agent>, vm: &Arc<Vm>, pages: &Arc<GuestPages>) -> Sending {
-        let (agent, vm, pages) = (Arc::clone(agent), Arc::clone(vm), Arc::clone(pages));
-        Sending { began: vm.cpu_seconds(), agent, vm, pages, used: 0.0 }
+    pub(crate) fn new(agent: &Arc<Agent>, vm: &Arc<Vm>, pages: &Arc<GuestPages>, kept: &KeptFrames) -> Sending {
+        let (agent, vm, pages, kept) = (Arc::clone(agent), Arc::clone(vm), Arc::clone(pages), Arc::clone(kept));
+        Sending { began: vm.cpu_seconds(), agent, vm, pages, used: 0.0, kept }
+    }
+
+    /// Keeps what comes to the guest's ports from now on. Begun before the pause: what comes twice does less harm than what is lost.
+    fn keep_frames(&self) {
+        let Some(description) = self.vm.description() else { return };
+        let mut kept = Vec::new();
+        for nic in announcing::nics(&self.agent.config, &description) {
+            match Kept::begin(&nic) {
+                Ok(port) => kept.extend(port),
+                Err(error) => tracing::warn!(vm = self.vm.name, %error, "frames that come in the pause will be lost"),
+            }
+        }
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
     }
 
     fn connection(&self) -> Result<Arc<limosa_plug::PlugConnection>, HostError> {
@@ -227,6 +246,7 @@ impl SourceHost for Sending {
     }
 
     fn pause(&mut self) -> Result<(), HostError> {
+        self.keep_frames();
         self.connection()?.pause().map(drop).map_err(host_error)
     }
 
@@ -235,6 +255,8 @@ impl SourceHost for Sending {
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
+        // They are in the guest's own queue.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
         resume(&self.vm, REPLUG_MAX)
     }
 

@@ -88,6 +88,11 @@ impl Net {
         Self { mac, mtu, tap, offload, tap_usable: true, features: 0, frame: vec![0; FRAME_BYTES_MAX], waiting: 0 }
     }
 
+    /// Who sent the frame that was just read.
+    fn sender(&self) -> &[u8] {
+        self.frame.get(VNET_HEADER_BYTES + 6..VNET_HEADER_BYTES + 12).unwrap_or_default()
+    }
+
     /// Tells the TAP what the driver of this guest can take; a frame must never come in a form that it did not choose.
     fn set_offloads(&mut self, features: u64, shared: &Shared) {
         if features == self.features {
@@ -148,6 +153,8 @@ impl Net {
             }
             if self.waiting == 0 {
                 match self.tap.file().read(&mut self.frame) {
+                    // What the host announces in the guest's name reaches the guest's port too, and would alarm it.
+                    Ok(bytes) if bytes >= FRAME_BYTES_MIN && self.sender() == self.mac => continue,
                     Ok(bytes) if bytes >= FRAME_BYTES_MIN => self.waiting = bytes,
                     Ok(0) => {
                         self.lose_tap(shared, "the other end of its TAP was closed");

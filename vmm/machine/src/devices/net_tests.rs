@@ -53,6 +53,14 @@ fn frames_pass_both_ways_and_pages_are_dirty() {
     let words = take_vmm_writes(ram.iter().next().unwrap());
     assert_eq!((words[0], words[4]), (1 << 3, 1 | 1 << 5), "used ring and both buffers");
 
+    // What others say in the guest's name is not for it.
+    rig.describe(RX, 0, BUFFERS, 2000, true, None);
+    rig.offer(RX, 1, 0);
+    put(&wire, &[&[0; 12][..], &[0xff; 6], &[2, 0, 0, 0, 0, 1], &[0; 50]].concat());
+    put(&wire, &[9; 90]);
+    rig.wait_used(RX, 2);
+    assert_eq!(rig.used_element(RX, 1), [0, 90]);
+
     rig.write(BUFFERS, &[0xff; 12]);
     rig.describe(TX, 0, BUFFERS, 12, false, Some(1));
     rig.describe(TX, 1, BUFFERS + 0x5000, 100, false, None);
