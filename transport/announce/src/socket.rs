@@ -156,9 +156,8 @@ impl PacketSocket {
         let index = if_nametoindex(interface).map_err(|_| ListenError::NoSuchInterface)?;
         let on = address(i32::try_from(index).map_err(|_| ListenError::NoSuchInterface)?, ANY_PROTOCOL);
         // SAFETY: `on` is a sockaddr_ll of the size given, which the kernel reads; the descriptor is open.
-        let done = unsafe {
-            libc::bind(self.fd.as_raw_fd(), (&raw const on).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t)
-        };
+        let done =
+            unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const on).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
         Errno::result(done).map(drop).map_err(ListenError::Other)
     }
 

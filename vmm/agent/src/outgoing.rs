@@ -172,7 +172,7 @@ pub(crate) struct Sending {
     kept: KeptFrames,
 }
 
-/// What came to the guest's ports since its pause began.
+/// What came to the guest's ports since its state was saved.
 pub(crate) type KeptFrames = Arc<Mutex<Vec<Kept>>>;
 
 pub(crate) fn host_error(error: PlugError) -> HostError {
@@ -214,7 +214,8 @@ impl Sending {
         Sending { began: vm.cpu_seconds(), agent, vm, pages, used: 0.0, kept }
     }
 
-    /// Keeps what comes to the guest's ports from now on. Begun before the pause: what comes twice does less harm than what is lost.
+    /// Keeps what comes to the guest's ports from now on. What waits there already is in the state that is saved next; what
+    /// comes in between is in both, and arrives twice, which does less harm than never.
     fn keep_frames(&self) {
         let Some(description) = self.vm.description() else { return };
         let mut kept = Vec::new();
@@ -246,11 +247,11 @@ impl SourceHost for Sending {
     }
 
     fn pause(&mut self) -> Result<(), HostError> {
-        self.keep_frames();
         self.connection()?.pause().map(drop).map_err(host_error)
     }
 
     fn save(&mut self) -> Result<Vec<Record>, HostError> {
+        self.keep_frames();
         self.connection()?.save().map_err(host_error)
     }
 

@@ -34,7 +34,13 @@ impl Files {
     pub(super) fn of_a_machine() -> Files {
         let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect();
         Files {
-            read: paths(&["/dev/urandom", "/sys/devices/system/cpu", "/sys/kernel/mm", "/sys/class/net", "/sys/devices/virtual/net"]),
+            read: paths(&[
+                "/dev/urandom",
+                "/sys/devices/system/cpu",
+                "/sys/kernel/mm",
+                "/sys/class/net",
+                "/sys/devices/virtual/net",
+            ]),
             write: paths(&["/dev/kvm", "/dev/net/tun", "/dev/null"]),
         }
     }

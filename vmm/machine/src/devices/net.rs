@@ -2,9 +2,10 @@
 //! thread (`worker.rs`).
 //!
 //! With offloads, frames carry what is left to be done (checksum, segmentation) in their header, and guest and TAP pass it
-//! on; a frame may then be 64 KiB. Frames for a guest without buffers wait in the TAP; one that was read already and does
-//! not fit into the buffers that are there waits here, and moves with the guest.
+//! on; a frame may then be 64 KiB. Frames for a guest without buffers wait in the TAP. What waits at a save is read and moves
+//! with the guest, as far as there is room: a TAP dies with its host's VMM.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -59,11 +60,15 @@ const FRAME_BYTES_MIN: usize = VNET_HEADER_BYTES + 14;
 /// Where the header says how many buffers a frame takes.
 const BUFFERS_AT: usize = 10;
 
+/// Frames that a record takes along, and their bytes: a quarter of what a record may have.
+const WAITING_MAX: usize = 256;
+const WAITING_BYTES_MAX: usize = 256 << 10;
+
 /// What a card has beside its registers; the second part of its record.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Extra {
-    /// A frame with its header that was read from the TAP and has not reached the guest.
-    waiting: Vec<u8>,
+    /// Frames with their headers that were read from the TAP and have not reached the guest.
+    waiting: Vec<Vec<u8>>,
 }
 
 /// A network card.
@@ -77,15 +82,27 @@ pub(crate) struct Net {
     /// What the driver chose, as the TAP was last told.
     features: u64,
     frame: Vec<u8>,
-    /// Bytes of `frame` that wait for buffers of the guest; 0: none.
-    waiting: usize,
+    /// Frames that were read and wait for buffers of the guest.
+    waiting: VecDeque<Vec<u8>>,
+}
+
+/// What came of a look at the TAP.
+enum Heard {
+    /// A frame of so many bytes is in the buffer.
+    Frame(usize),
+    /// Something that is not for the guest.
+    Nothing,
+    /// Nothing until it wakes the thread.
+    Silence,
+    /// The TAP is lost.
+    End,
 }
 
 impl Net {
     /// A card on `tap`; `mtu` is what the guest is told. Offloads are offered if `offload` and the TAP allow it.
     pub(crate) fn new(mac: [u8; 6], mtu: u16, tap: Tap, offload: bool) -> Self {
         let offload = offload && tap.can_offload();
-        Self { mac, mtu, tap, offload, tap_usable: true, features: 0, frame: vec![0; FRAME_BYTES_MAX], waiting: 0 }
+        Self { mac, mtu, tap, offload, tap_usable: true, features: 0, frame: vec![0; FRAME_BYTES_MAX], waiting: VecDeque::new() }
     }
 
     /// Who sent the frame that was just read.
@@ -122,14 +139,10 @@ impl Net {
     fn transmit(&mut self, shared: &Shared, transport: &mut Transport, moved: &mut bool) -> Result<Turn, QueueError> {
         let ram = shared.ram();
         let Some(queue) = transport.queues.get_mut(TRANSMIT) else { return Ok(Turn::Idle) };
-        // What waits for the guest keeps the buffer.
-        let mut spare = Vec::new();
-        let buffer = if self.waiting == 0 { &mut self.frame } else { &mut spare };
-        buffer.resize(FRAME_BYTES_MAX, 0);
         for _ in 0..TURN_FRAMES_MAX {
             let Some(chain) = queue.pop(ram)? else { return Ok(Turn::Idle) };
-            let bytes = chain.read(ram, buffer)?.filter(|bytes| *bytes >= FRAME_BYTES_MIN);
-            if let Some(frame) = bytes.and_then(|bytes| buffer.get_mut(..bytes)) {
+            let bytes = chain.read(ram, &mut self.frame)?.filter(|bytes| *bytes >= FRAME_BYTES_MIN);
+            if let Some(frame) = bytes.and_then(|bytes| self.frame.get_mut(..bytes)) {
                 // The kernel checks what a header asks for; without offloads the frame is complete whatever it says.
                 let believed = if self.features & FEATURE_CSUM != 0 { BUFFERS_AT } else { 0 };
                 frame.iter_mut().take(VNET_HEADER_BYTES).skip(believed).for_each(|byte| *byte = 0);
@@ -143,49 +156,79 @@ impl Net {
         Ok(Turn::More)
     }
 
+    /// Reads the TAP.
+    fn hear(&mut self, shared: &Shared) -> Heard {
+        match self.tap.file().read(&mut self.frame) {
+            // What the host announces in the guest's name reaches the guest's port too, and would alarm it.
+            Ok(bytes) if bytes >= FRAME_BYTES_MIN && self.sender() == self.mac => Heard::Nothing,
+            Ok(bytes) if bytes >= FRAME_BYTES_MIN => Heard::Frame(bytes),
+            Ok(0) => {
+                self.lose_tap(shared, "the other end of its TAP was closed");
+                Heard::End
+            }
+            Ok(_) => Heard::Nothing,
+            Err(error) if error.kind() == ErrorKind::Interrupted => Heard::Nothing,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Heard::Silence,
+            Err(error) => {
+                self.lose_tap(shared, &format!("its TAP cannot be read: {error}"));
+                Heard::End
+            }
+        }
+    }
+
     /// Frames of the TAP to the guest, as long as it offers buffers; others wait in the TAP.
     fn receive(&mut self, shared: &Shared, transport: &mut Transport, moved: &mut bool) -> Result<Turn, QueueError> {
         let ram = shared.ram();
-        let Some(queue) = transport.queues.get_mut(RECEIVE) else { return Ok(Turn::Idle) };
         for _ in 0..TURN_FRAMES_MAX {
-            if !queue.has_chain(ram)? || (!self.tap_usable && self.waiting == 0) {
+            let Some(queue) = transport.queues.get_mut(RECEIVE) else { return Ok(Turn::Idle) };
+            if !queue.has_chain(ram)? {
                 return Ok(Turn::Idle);
             }
-            if self.waiting == 0 {
-                match self.tap.file().read(&mut self.frame) {
-                    // What the host announces in the guest's name reaches the guest's port too, and would alarm it.
-                    Ok(bytes) if bytes >= FRAME_BYTES_MIN && self.sender() == self.mac => continue,
-                    Ok(bytes) if bytes >= FRAME_BYTES_MIN => self.waiting = bytes,
-                    Ok(0) => {
-                        self.lose_tap(shared, "the other end of its TAP was closed");
-                        return Ok(Turn::Idle);
-                    }
-                    Ok(_) => continue,
-                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Turn::WantsInput),
-                    Err(error) => {
-                        self.lose_tap(shared, &format!("its TAP cannot be read: {error}"));
-                        return Ok(Turn::Idle);
-                    }
+            if let Some(frame) = self.waiting.front_mut() {
+                if !deliver(ram, queue, frame, self.features)? {
+                    return Ok(Turn::Idle);
                 }
+                self.waiting.pop_front();
+                *moved = true;
+                continue;
             }
-            let Some(frame) = self.frame.get_mut(..self.waiting) else { return Ok(Turn::Idle) };
-            if self.features & FEATURE_GUEST_CSUM == 0 {
-                // Without offloads the header is plain, whatever the host knows of checksums.
-                frame.iter_mut().take(BUFFERS_AT).for_each(|byte| *byte = 0);
-            }
-            let delivered = if self.features & FEATURE_MRG_RXBUF != 0 {
-                deliver_merged(ram, queue, frame)?
-            } else {
-                deliver_whole(ram, queue, frame)?
-            };
-            if !delivered {
+            if !self.tap_usable {
                 return Ok(Turn::Idle);
             }
-            self.waiting = 0;
+            let bytes = match self.hear(shared) {
+                Heard::Frame(bytes) => bytes,
+                Heard::Nothing => continue,
+                Heard::Silence => return Ok(Turn::WantsInput),
+                Heard::End => return Ok(Turn::Idle),
+            };
+            let frame = self.frame.get_mut(..bytes).unwrap_or_default();
+            if !deliver(ram, queue, frame, self.features)? {
+                let frame = frame.to_vec();
+                self.waiting.push_back(frame);
+                return Ok(Turn::Idle);
+            }
             *moved = true;
         }
         Ok(Turn::More)
+    }
+
+    /// Takes what waits in the TAP, as far as a record has room for it.
+    fn take_waiting(&mut self, shared: &Shared) {
+        let mut bytes: usize = self.waiting.iter().map(Vec::len).sum();
+        // Each look that is for nothing counts too: a flood must not hold up a save.
+        for _ in 0..2 * WAITING_MAX {
+            if !self.tap_usable || self.waiting.len() >= WAITING_MAX || bytes + FRAME_BYTES_MAX > WAITING_BYTES_MAX {
+                return;
+            }
+            match self.hear(shared) {
+                Heard::Frame(length) => {
+                    bytes += length;
+                    self.waiting.push_back(self.frame.get(..length).unwrap_or_default().to_vec());
+                }
+                Heard::Nothing => {}
+                Heard::Silence | Heard::End => return,
+            }
+        }
     }
 
     /// Commands of the driver; the one that is known says that the guest has announced itself.
@@ -205,6 +248,15 @@ impl Net {
         }
         Ok(())
     }
+}
+
+/// Gives a frame to the guest in the form that its driver chose; false, and nothing is taken, while it has no room for it.
+fn deliver(ram: &GuestRam, queue: &mut Queue, frame: &mut [u8], features: u64) -> Result<bool, QueueError> {
+    if features & FEATURE_GUEST_CSUM == 0 {
+        // Without offloads the header is plain, whatever the host knows of checksums.
+        frame.iter_mut().take(BUFFERS_AT).for_each(|byte| *byte = 0);
+    }
+    if features & FEATURE_MRG_RXBUF != 0 { deliver_merged(ram, queue, frame) } else { deliver_whole(ram, queue, frame) }
 }
 
 /// Writes a frame into one chain. One that does not fit is lost, not cut, and its chain is given back empty.
@@ -298,21 +350,23 @@ impl Backend for Net {
         }
     }
 
-    fn save(&self) -> Vec<u8> {
-        let waiting = self.frame.get(..self.waiting).unwrap_or_default().to_vec();
-        // Plain bytes in a vector: this cannot fail, and without them one frame is lost.
+    fn save(&mut self, shared: &Shared) -> Vec<u8> {
+        self.take_waiting(shared);
+        let waiting = self.waiting.iter().cloned().collect();
+        // Plain bytes in vectors: this cannot fail, and without them some frames are lost.
         postcard::to_allocvec(&Extra { waiting }).unwrap_or_default()
     }
 
     fn load(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let extra: Extra = postcard::from_bytes(bytes).map_err(|error| format!("its waiting frame cannot be read: {error}"))?;
-        let bytes = extra.waiting.len();
-        if bytes > FRAME_BYTES_MAX || (bytes != 0 && bytes < FRAME_BYTES_MIN) {
-            return Err(format!("its waiting frame has {bytes} bytes, which no frame has"));
+        let extra: Extra = postcard::from_bytes(bytes).map_err(|error| format!("its waiting frames cannot be read: {error}"))?;
+        let (frames, all): (usize, usize) = (extra.waiting.len(), extra.waiting.iter().map(Vec::len).sum());
+        let good = |frame: &Vec<u8>| (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&frame.len());
+        if frames > WAITING_MAX + 1 || all > WAITING_BYTES_MAX + FRAME_BYTES_MAX || !extra.waiting.iter().all(good) {
+            return Err(format!(
+                "it has {frames} waiting frames of {all} bytes in all: too many, or of a size that no frame has"
+            ));
         }
-        self.waiting = bytes;
-        self.frame = extra.waiting;
-        self.frame.resize(FRAME_BYTES_MAX, 0);
+        self.waiting = extra.waiting.into();
         Ok(())
     }
 

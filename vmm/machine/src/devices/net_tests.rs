@@ -175,6 +175,28 @@ fn a_frame_takes_as_many_buffers_as_it_needs_or_waits_and_moves() {
 }
 
 #[test]
+fn what_waits_in_the_tap_moves_with_the_guest_in_order() {
+    let Some((rig, wire)) = rig(FEATURE_MAC | FEATURE_MRG_RXBUF) else { return };
+    rig.device.begin_pause();
+    assert!(rig.device.wait_parked());
+    for number in 0..5_u8 {
+        put(&wire, &[number; 60 + 4]);
+    }
+    let saved = postcard::to_allocvec(&rig.device.save()).unwrap();
+    // The TAP is empty now: all of it is in the record, and in the device, should the guest stay.
+    rig.device.load(postcard::from_bytes(&saved).unwrap()).unwrap();
+    put(&wire, &[5; 64]);
+    for slot in 0..6 {
+        rig.describe(RX, slot, BUFFERS + 0x1000 * u64::from(slot), 1500, true, None);
+        rig.offer(RX, slot, slot);
+    }
+    rig.device.resume();
+    rig.wait_used(RX, 6);
+    let got: Vec<u8> = (0..6).map(|slot| rig.read(BUFFERS + 0x1000 * slot + 20, 1)[0]).collect();
+    assert_eq!(got, [0, 1, 2, 3, 4, 5]);
+}
+
+#[test]
 fn a_guest_that_arrived_is_asked_to_announce_itself_until_it_says_so() {
     let Some((rig, _wire)) = rig(FEATURE_CTRL_VQ | FEATURE_GUEST_ANNOUNCE | FEATURE_STATUS) else { return };
     rig.device.resume();
@@ -206,7 +228,9 @@ fn a_guest_that_arrived_is_asked_to_announce_itself_until_it_says_so() {
 #[test]
 fn a_state_that_no_card_has_is_refused() {
     let Some((rig, _wire)) = rig(FEATURE_MAC) else { return };
-    for bytes in [vec![], vec![5, 1, 2], postcard::to_allocvec(&Extra { waiting: vec![0; FRAME_BYTES_MAX + 1] }).unwrap()] {
+    let extra = |waiting| postcard::to_allocvec(&Extra { waiting }).unwrap();
+    let long = extra(vec![vec![0; FRAME_BYTES_MAX + 1]]);
+    for bytes in [vec![], vec![5, 1, 2], long, extra(vec![vec![0; 60]; WAITING_MAX + 2]), extra(vec![vec![0; 9]])] {
         let mut record = rig.device.save();
         record.extra = bytes;
         assert!(rig.device.load(record).is_err());

@@ -79,8 +79,8 @@ pub(crate) trait Backend: Debug + Send {
         Ok(())
     }
 
-    /// The part of the state that is not in the registers.
-    fn save(&self) -> Vec<u8> {
+    /// The part of the state that is not in the registers. The device is parked, and may run on afterwards.
+    fn save(&mut self, _shared: &Shared) -> Vec<u8> {
         Vec::new()
     }
 
@@ -286,7 +286,7 @@ impl VirtioDevice {
 
     /// The record of a parked device.
     pub(crate) fn save(&self) -> VirtioRecord {
-        VirtioRecord { transport: self.shared.transport().clone(), extra: self.backend().save() }
+        VirtioRecord { transport: self.shared.transport().clone(), extra: self.backend().save(&self.shared) }
     }
 
     /// Takes over a saved device.
