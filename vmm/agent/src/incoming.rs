@@ -77,6 +77,7 @@ impl Hosting for Reception {
             agent: Arc::clone(agent),
             job,
             vm: None,
+            launched: false,
             runs: None,
             cancel: cancel.clone(),
             announce_end: Arc::default(),
@@ -210,6 +211,8 @@ struct Receiving {
     agent: Arc<Agent>,
     job: u64,
     vm: Option<Claim>,
+    /// A VMM was made for it, or may have been.
+    launched: bool,
     /// The guest once it runs here and is claimed no more.
     runs: Option<Arc<Vm>>,
     cancel: Cancel,
@@ -230,6 +233,18 @@ impl Receiving {
     }
 }
 
+impl Drop for Receiving {
+    /// A migration that ended while the guest was still being checked is not told to discard what the check has noted.
+    fn drop(&mut self) {
+        if self.launched {
+            return;
+        }
+        if let Some(claim) = self.vm.take() {
+            self.agent.vms.remove(claim.vm().id);
+        }
+    }
+}
+
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
@@ -245,6 +260,7 @@ impl DestinationHost for Receiving {
 
     fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
         let guest = Arc::clone(self.vm()?);
+        self.launched = true;
         let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
         let (process, arrived) = launched.map_err(HostError::new)?;
         settle::remember_process(&self.agent, vm.id, process.pid());

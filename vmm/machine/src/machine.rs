@@ -241,9 +241,7 @@ impl Machine {
             Phase::Running => return Ok(()),
             Phase::Ready { .. } | Phase::Paused => {}
         }
-        for device in &self.bus.devices {
-            device.may_resume().map_err(|reason| RunError::Device { device: device.name().to_owned(), reason })?;
-        }
+        self.ask_devices()?;
         if *phase == (Phase::Ready { loaded: true }) {
             self.mend_after_load();
         }
@@ -357,6 +355,22 @@ impl Machine {
     /// What the disks are, in the order in which they were configured.
     pub fn disks(&self) -> Vec<DiskInfo> {
         self.disks.iter().map(|disk| disk.info()).collect()
+    }
+
+    /// Takes the locks of all images, as [`Self::resume`] does, for a guest that is here and shall not run yet.
+    ///
+    /// # Errors
+    /// When somebody else has one.
+    pub fn take_disks(&self) -> Result<(), RunError> {
+        let _phase = self.phase();
+        self.ask_devices()
+    }
+
+    /// Whether each device can work here now.
+    fn ask_devices(&self) -> Result<(), RunError> {
+        self.bus.devices.iter().try_for_each(|device| {
+            device.may_resume().map_err(|reason| RunError::Device { device: device.name().to_owned(), reason })
+        })
     }
 
     /// Brings everything that the guest wrote to its images, and gives their locks up: another host may use them from

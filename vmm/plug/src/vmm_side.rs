@@ -66,6 +66,11 @@ pub trait Vmm: Send {
     fn give_up(&mut self) -> Result<(), String> {
         Ok(())
     }
+    /// Takes what [`Vmm::give_up`] gives up, without letting the guest run: it has arrived here paused. As it stands: nothing
+    /// is held.
+    fn take(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     /// Lets the guest run; holds again what [`Vmm::give_up`] gave up before it does.
     fn resume(&mut self) -> Result<(), String>;
     /// Slows the guest down by so many per cent. `Err` means that it is not offered.
@@ -441,7 +446,10 @@ impl<'a> Session<'a> {
                 self.vmm.pause().map_err(failed)?;
                 self.state = VmState::Paused;
             }
-            VmState::Loaded => self.state = VmState::Paused,
+            VmState::Loaded => {
+                self.vmm.take().map_err(failed)?;
+                self.state = VmState::Paused;
+            }
             VmState::Paused | VmState::Waiting | VmState::Prepared => {}
         }
         self.held = true;

@@ -214,6 +214,10 @@ impl Vmm for Plugged {
         self.machine()?.load(records).map_err(|e| build::words(&e))
     }
 
+    fn take(&mut self) -> Result<(), String> {
+        self.machine()?.take_disks().map_err(|e| build::words(&e))
+    }
+
     fn give_up(&mut self) -> Result<(), String> {
         self.machine()?.give_up_disks().map_err(|e| build::words(&e))
     }
