@@ -129,6 +129,10 @@ pub(crate) async fn carry_out(
             SourceOutcome::Committed => {
                 // The destination has announced the guest once by now, so they find the way.
                 send_on(&vm.name, &kept);
+                let told = vm.connection().map(|connection| connection.release());
+                if let Some(Err(error)) = told {
+                    tracing::debug!(vm = vm.name, %error, "the VMM did not take the order to end; it is ended");
+                }
                 vm.end_within(LEAVE_MAX);
                 finishing.vms.remove(vm.id);
             }

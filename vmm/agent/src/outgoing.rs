@@ -267,9 +267,10 @@ impl SourceHost for Sending {
 
     fn release(&mut self) -> Result<(), HostError> {
         self.used = self.vm.cpu_seconds() - self.began;
-        // Its end is expected from here on.
+        // Its end is expected from here on. It is told to end when the network knows where the guest is: until then frames
+        // for the guest come to the TAP that ends with it (`leaving`).
         self.vm.on_lost(None);
-        self.connection()?.release().map_err(host_error)
+        Ok(())
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
