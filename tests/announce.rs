@@ -4,61 +4,10 @@
 use rig::capture::Frame;
 use rig::process::wait_for;
 use rig::{AgentConfig, Context, GuestSpec, Result, ensure, with_lab};
-use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv6Packet, Icmpv6Repr, IpAddress,
-    Ipv6Packet, NdiscRepr,
-};
 use std::time::{Duration, Instant};
 
-const RARP: u16 = 0x8035;
 /// The schedule of these tests, in ms after the frame before; the first goes out at once.
 const SCHEDULE: &str = "[50, 100, 150]";
-
-/// An announcement in words: "request 10.77.0.101", "reply 10.77.0.101", "na fd00:77::65", "rarp".
-fn words_of(frame: &Frame, mac: [u8; 6]) -> Result<Option<String>> {
-    let ethernet = EthernetFrame::new_checked(frame.bytes.as_slice()).context("a frame")?;
-    if ethernet.src_addr() != EthernetAddress(mac) {
-        return Ok(None);
-    }
-    Ok(match ethernet.ethertype() {
-        EthernetProtocol::Arp => {
-            let ArpRepr::EthernetIpv4 { operation, source_hardware_addr, source_protocol_addr, target_protocol_addr, .. } =
-                ArpRepr::parse(&ArpPacket::new_checked(ethernet.payload()).context("ARP")?).context("ARP")?
-            else {
-                return Ok(None);
-            };
-            // The guest's own answers to questions are no announcements.
-            if source_protocol_addr != target_protocol_addr {
-                return Ok(None);
-            }
-            ensure!(source_hardware_addr == EthernetAddress(mac), "an announcement for another MAC");
-            ensure!(ethernet.dst_addr().is_broadcast(), "a gratuitous ARP that is no broadcast");
-            let kind = if operation == ArpOperation::Request { "request" } else { "reply" };
-            Some(format!("{kind} {source_protocol_addr}"))
-        }
-        EthernetProtocol::Ipv6 => {
-            let packet = Ipv6Packet::new_checked(ethernet.payload()).context("IPv6")?;
-            ensure!(packet.hop_limit() == 255, "hop limit {}", packet.hop_limit());
-            let (from, to) = (packet.src_addr(), packet.dst_addr());
-            let icmp = Icmpv6Packet::new_checked(packet.payload()).context("ICMPv6")?;
-            let checked = &smoltcp::phy::ChecksumCapabilities::default();
-            match Icmpv6Repr::parse(&from, &to, &icmp, checked).context("ICMPv6")? {
-                Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert { target_addr, lladdr, flags }) => {
-                    ensure!(flags.bits() & 0x20 != 0, "an NA that does not override");
-                    ensure!(lladdr == Some(EthernetAddress(mac).into()), "an NA with {lladdr:?}");
-                    Some(format!("na {}", IpAddress::Ipv6(target_addr)))
-                }
-                _ => None,
-            }
-        }
-        EthernetProtocol::Unknown(RARP) => {
-            ensure!(frame.bytes.get(20..22) == Some(&[0, 3]), "a RARP that is no request");
-            ensure!(frame.bytes.get(22..28) == Some(&mac) && frame.bytes.get(32..38) == Some(&mac), "a RARP for another MAC");
-            Some("rarp".into())
-        }
-        _ => None,
-    })
-}
 
 fn mac_of(guest: &GuestSpec) -> [u8; 6] {
     [0x52, 0x54, 0, 0x77, 0, guest.number]
@@ -66,14 +15,12 @@ fn mac_of(guest: &GuestSpec) -> [u8; 6] {
 
 /// The announcements that came in at a port of the switch, in order.
 fn announced(frames: &[Frame], guest: &GuestSpec, port: &str) -> Result<Vec<(Instant, String)>> {
-    let mut found = Vec::new();
-    for frame in frames.iter().filter(|f| f.interface == port && !f.outgoing) {
-        if let Some(words) = words_of(frame, mac_of(guest))? {
-            ensure!(frame.bytes.len() >= 60, "a frame of {} bytes", frame.bytes.len());
-            found.push((frame.at, words));
-        }
-    }
-    Ok(found)
+    let found = rig::announced::announced(frames, mac_of(guest), port)?;
+    let whole = |one: rig::announced::Announced| {
+        ensure!(one.length >= 60, "a frame of {} bytes", one.length);
+        Ok((one.at, one.words))
+    };
+    found.into_iter().map(whole).collect()
 }
 
 #[test]

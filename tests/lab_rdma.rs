@@ -1,5 +1,6 @@
-//! The tests of `transport/verbs` and of the RDMA link need a device: here they run inside a machine of the soft-RoCE lab, as they
-//! are, and every one of them must pass there; a test that skips in the lab fails here.
+//! The tests of `transport/verbs` and of the RDMA link need a device, and the one of VLANs a kernel whose bridges filter them: here
+//! they run inside a machine of the soft-RoCE lab, as they are, and every one of them must pass there; a test that skips in the lab
+//! fails here.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 #![forbid(unsafe_code)]
 
@@ -30,6 +31,10 @@ fn verbs_and_the_rdma_link_pass_their_tests_on_a_device() {
         ensure!(run(alpha, "limosa-verbs", "device", &[])? >= 20);
         ensure!(run(alpha, "limosa-link", "rdma", &[])? >= 10);
         ensure!(run(alpha, "limosa-link", "conformance", &["rdma"])? >= 10);
+        // Bridges that filter VLANs, which the build machines' kernel has not.
+        ensure!(run(alpha, "limosa-machine", "tap", &["a_tap_in_a_vlan"])? == 1);
+        ensure!(run(alpha, "limosa-announce", "network", &["filtering_bridge_gets"])? == 1);
+        ensure!(run(alpha, "rig", "network", &["a_guest_in_a_vlan"])? == 1);
         Ok(())
     });
 }

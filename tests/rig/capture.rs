@@ -1,7 +1,7 @@
 //! Frames as they pass through a namespace, with the time and the interface, by an AF_PACKET socket.
-//! The bulk of a migration is left out by a filter in the kernel; parsing is the test's business (smoltcp).
+//! The bulk of a migration is left out by a filter in the kernel. What an announcement says is read by `announced`.
 
-use crate::netns::Netns;
+use crate::netns;
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::socket::{LinkAddr, recvfrom};
@@ -52,11 +52,11 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts to keep, on every interface of a namespace, each frame that is no IPv4 or was sent by a guest
+    /// Starts to keep, on every interface of the namespace of that name, each frame that is no IPv4 or was sent by a guest
     /// (a MAC that begins with 52:54:00:77).
-    pub fn start(netns: &Netns) -> Result<Capture> {
-        let names: BTreeMap<u32, String> = netns.links()?.into_iter().map(|l| (l.ifindex, l.ifname)).collect();
-        let socket = netns.within(open)?;
+    pub fn start(netns: &str) -> Result<Capture> {
+        let names: BTreeMap<u32, String> = netns::links_of(netns)?.into_iter().map(|l| (l.ifindex, l.ifname)).collect();
+        let socket = netns::within(netns, open)?;
         let (stop, frames) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::default()));
         let (stop_seen, kept) = (stop.clone(), Arc::clone(&frames));
         let thread =

@@ -134,7 +134,7 @@ impl Lab {
 
     /// Captures on every port of the switch.
     pub fn capture(&self) -> Result<Capture> {
-        Capture::start(&self.switch)
+        Capture::start(self.switch.name())
     }
 
     /// The switch's port on which a guest's MAC was learnt.

@@ -2,6 +2,7 @@
 //! captures, processes. It starts binaries and looks at them from outside; it links none of Limosa but the protocol's types.
 #![forbid(unsafe_code)]
 
+pub mod announced;
 pub mod capture;
 pub mod command;
 pub mod guest;
@@ -19,7 +20,7 @@ pub mod spec;
 pub use anyhow::{Context, Error, Result, bail, ensure};
 pub use host::{AgentConfig, Host};
 pub use lab::{Lab, with_bare_lab, with_lab};
-pub use skip::{skip, skip_kernel_lacks};
+pub use skip::skip;
 pub use spec::GuestSpec;
 
 use guest::GuestImages;

@@ -101,22 +101,12 @@ impl Netns {
 
     /// Runs a closure on a thread inside the namespace and waits for it.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                self.enter()?;
-                work()
-            });
-            match thread.join() {
-                Ok(result) => result,
-                Err(_) => bail!("the thread inside {} panicked", self.name),
-            }
-        })
+        within(&self.name, work)
     }
 
     /// The links inside.
     pub fn links(&self) -> Result<Vec<Link>> {
-        let text = run("ip", &["-n", &self.name, "-j", "-d", "link", "show"])?;
-        serde_json::from_str(&text).with_context(|| format!("ip -j link in {}", self.name))
+        links_of(&self.name)
     }
 
     /// The TAPs inside, by name.
@@ -144,6 +134,23 @@ fn path_of(name: &str) -> PathBuf {
 fn inode_of(name: &str) -> Result<u64> {
     let path = path_of(name);
     Ok(std::fs::metadata(&path).with_context(|| format!("no namespace at {}", path.display()))?.ino())
+}
+
+/// The links inside the namespace of that name.
+pub fn links_of(name: &str) -> Result<Vec<Link>> {
+    let text = run("ip", &["-n", name, "-j", "-d", "link", "show"])?;
+    serde_json::from_str(&text).with_context(|| format!("ip -j link in {name}"))
+}
+
+/// Runs a closure on a thread inside the namespace of that name and waits for it.
+pub fn within<T: Send>(name: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            enter(name)?;
+            work()
+        });
+        thread.join().unwrap_or_else(|_| bail!("the thread inside {name} panicked"))
+    })
 }
 
 /// Moves the calling thread into a named namespace, for good.

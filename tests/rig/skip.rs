@@ -26,12 +26,6 @@ pub fn skip(reason: &str) {
     note(reason);
 }
 
-/// The same for what this machine's kernel was built without, which no set-up mends: never a failure, always counted.
-#[allow(dead_code, reason = "tests that include this file by its path seldom need both")]
-pub fn skip_kernel_lacks(what: &str) {
-    note(&format!("this kernel has no {what}"));
-}
-
 /// The same for what no build machine has and a machine of the lab does: `tests/lab_rdma.rs` runs the calling test there, and
 /// fails if it is skipped there. Counted apart.
 ///

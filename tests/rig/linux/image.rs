@@ -31,18 +31,33 @@ pub struct Images {
     pub release: String,
 }
 
+/// Whose kernel a guest boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Debian {
+    /// The lab machines' own: 6.1.
+    Bookworm,
+    /// 6.12.
+    Trixie,
+}
+
 /// The images, made once per test process.
 ///
 /// # Errors
 /// There is no kernel, no C compiler, no busybox, or one of them fails.
-pub fn images() -> Result<Images> {
-    static IMAGES: OnceLock<Images> = OnceLock::new();
-    if let Some(images) = IMAGES.get() {
+pub fn images(of: Debian) -> Result<Images> {
+    static IMAGES: [OnceLock<Images>; 2] = [const { OnceLock::new() }; 2];
+    let [bookworm, trixie] = &IMAGES;
+    let made = if of == Debian::Bookworm { bookworm } else { trixie };
+    if let Some(images) = made.get() {
         return Ok(images.clone());
     }
     let _lock = process::lock("rig-linux")?;
-    let images = build(&kernel::prepare(|_| {})?, &process::target_dir()?.join("rig-linux"))?;
-    Ok(IMAGES.get_or_init(|| images).clone())
+    let kernel = match of {
+        Debian::Bookworm => kernel::prepare(|_| {})?,
+        Debian::Trixie => kernel::prepare_debian13(|_| {})?,
+    };
+    let images = build(&kernel, &process::target_dir()?.join("rig-linux"))?;
+    Ok(made.get_or_init(|| images).clone())
 }
 
 fn sources() -> PathBuf {

@@ -6,7 +6,7 @@ pub mod image;
 pub mod outside;
 pub mod share;
 
-pub use image::Images;
+pub use image::{Debian, Images};
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -38,7 +38,9 @@ pub struct LinuxGuest {
     pub name: String,
     /// Its number: makes its MAC and its addresses.
     pub number: u8,
-    /// What it boots.
+    /// Whose kernel it boots.
+    pub debian: Debian,
+    /// Which file of it.
     pub kernel: KernelFile,
     /// Memory in MiB.
     pub memory_mib: u32,
@@ -60,6 +62,7 @@ impl LinuxGuest {
         LinuxGuest {
             name: name.to_owned(),
             number,
+            debian: Debian::Bookworm,
             kernel: KernelFile::Pvh,
             memory_mib: 256,
             vcpus: 1,
@@ -68,6 +71,13 @@ impl LinuxGuest {
             settings: String::new(),
             words: vec!["lt.mem=4".into()],
         }
+    }
+
+    /// Booting this Debian's kernel.
+    #[must_use]
+    pub fn debian(mut self, debian: Debian) -> LinuxGuest {
+        self.debian = debian;
+        self
     }
 
     /// Booting this file.
@@ -110,6 +120,11 @@ impl LinuxGuest {
         format!("52:54:00:77:01:{:02x}", self.number)
     }
 
+    /// The same, as frames have it.
+    pub fn mac_bytes(&self) -> [u8; 6] {
+        [0x52, 0x54, 0, 0x77, 1, self.number]
+    }
+
     /// Its IPv4 address, on the guests' Ethernet.
     pub fn ip(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 78, 0, 100u8.saturating_add(self.number))
@@ -120,12 +135,8 @@ impl LinuxGuest {
         format!("fd78::{:x}", 0x100 + u16::from(self.number))
     }
 
-    /// The configuration of its VM.
-    pub fn text(&self, images: &Images) -> String {
-        let kernel = match self.kernel {
-            KernelFile::BzImage => &images.bzimage,
-            KernelFile::Pvh => &images.pvh,
-        };
+    /// Its kernel's command line.
+    pub fn cmdline(&self) -> String {
         let mut cmdline = "console=ttyS0 loglevel=5 panic=-1 mitigations=off".to_owned();
         if !self.network.is_empty() {
             let _ = write!(cmdline, " lt.ip={}/24 lt.ip6={}/64", self.ip(), self.ip6());
@@ -133,6 +144,16 @@ impl LinuxGuest {
         for word in &self.words {
             let _ = write!(cmdline, " {word}");
         }
+        cmdline
+    }
+
+    /// The configuration of its VM.
+    pub fn text(&self, images: &Images) -> String {
+        let kernel = match self.kernel {
+            KernelFile::BzImage => &images.bzimage,
+            KernelFile::Pvh => &images.pvh,
+        };
+        let cmdline = self.cmdline();
         let mut text = self.head(kernel, &images.initramfs, &cmdline);
         if !self.network.is_empty() {
             let (mac, network, ip, ip6) = (self.mac(), &self.network, self.ip(), self.ip6());

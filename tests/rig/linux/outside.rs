@@ -15,7 +15,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Where the program inside listens.
 pub const PORT: u16 = 8080;
@@ -259,18 +259,50 @@ fn prove(bytes: &[u8], at: u64) -> Result<()> {
     Ok(())
 }
 
+/// A guest's wall clock against this machine's.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    /// How far it is ahead, in ms.
+    pub ahead_ms: f64,
+    /// How far off that may be: half of the time that the asking took.
+    pub unsure_ms: f64,
+}
+
+/// Asks a guest's program from inside the namespace for its wall clock, some times; the quickest answer counts.
+///
+/// # Errors
+/// It does not answer, or not by the clock.
+pub fn clock(netns: &str, guest: IpAddr) -> Result<Clock> {
+    netns::within(netns, || {
+        let mut best: Option<Clock> = None;
+        for _ in 0..10 {
+            let mut stream = TcpStream::connect_timeout(&SocketAddr::new(guest, PORT), SILENCE_MAX)?;
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(Some(SILENCE_MAX))?;
+            let (asked, before) = (Instant::now(), SystemTime::now());
+            stream.write_all(b"time\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).context("the guest's clock")?;
+            let unsure = asked.elapsed() / 2;
+            let said = answer.trim().split_once("realtime_ns=").and_then(|(_, ns)| ns.parse::<u64>().ok());
+            let said = said.with_context(|| format!("the guest's clock: {answer:?}"))?;
+            let middle = before.duration_since(UNIX_EPOCH)? + unsure;
+            let ahead_ms = (said as f64 - middle.as_nanos() as f64) / 1e6;
+            let seen = Clock { ahead_ms, unsure_ms: unsure.as_secs_f64() * 1e3 };
+            if best.is_none_or(|best| seen.unsure_ms < best.unsure_ms) {
+                best = Some(seen);
+            }
+        }
+        best.context("no answer")
+    })
+}
+
 /// A counter of `/proc/net/netstat` in the namespace, such as `TCPTimeouts` of `TcpExt`.
 ///
 /// # Errors
 /// The kernel has no such counter.
 pub fn tcp_counter(netns: &str, name: &str) -> Result<u64> {
-    let text = std::thread::scope(|scope| {
-        let reading = scope.spawn(|| {
-            netns::enter(netns)?;
-            Ok(std::fs::read_to_string("/proc/thread-self/net/netstat")?)
-        });
-        reading.join().unwrap_or_else(|_| bail!("the reading thread panicked"))
-    })?;
+    let text = netns::within(netns, || Ok(std::fs::read_to_string("/proc/thread-self/net/netstat")?))?;
     let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("TcpExt:")).collect();
     let [names, values] = lines.as_slice() else { bail!("/proc/net/netstat has {} lines of TcpExt", lines.len()) };
     let place = names.split(' ').position(|word| word == name).with_context(|| format!("no counter {name}"))?;

@@ -16,6 +16,10 @@ const CACHE: &str = "/var/cache/limosa-lab";
 const UNFINISHED: &str = "new-";
 /// Debian's name for "the newest kernel".
 const META_PACKAGE: &str = "linux-image-amd64";
+/// Debian 13's kernel, as Debian 12's archive of updates has it too. Where there is none, the newest kernel is it.
+const META_PACKAGE_13: &str = "linux-image-6.12-amd64";
+/// Where it is kept, within the cache.
+const CACHE_13: &str = "debian13";
 /// What the machine must have to reach the outer root; modprobe knows what these need themselves.
 const EARLY_MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 /// Folders of drivers for hardware that the lab has not: two thirds of the package.
@@ -58,29 +62,41 @@ fn bound(program: &str) -> Command {
 /// # Errors
 /// There is none in the cache and apt cannot get it.
 pub fn prepare(tell: impl Fn(&str)) -> Result<Kernel> {
-    let cache = cache();
-    fs::create_dir_all(&cache).with_context(|| format!("the lab's cache of kernels {}", cache.display()))?;
+    prepare_in(&cache(), &[META_PACKAGE], &tell)
+}
+
+/// Debian 13's kernel, for guests: likewise.
+///
+/// # Errors
+/// As for [`prepare`].
+pub fn prepare_debian13(tell: impl Fn(&str)) -> Result<Kernel> {
+    prepare_in(&cache().join(CACHE_13), &[META_PACKAGE_13, META_PACKAGE], &tell)
+}
+
+/// What the first of these packages that apt knows stands for.
+fn prepare_in(cache: &Path, packages: &[&str], tell: &impl Fn(&str)) -> Result<Kernel> {
+    fs::create_dir_all(cache).with_context(|| format!("the lab's cache of kernels {}", cache.display()))?;
     let lock = File::options().create(true).truncate(false).write(true).open(cache.join("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("the lock of the kernel cache")?;
-    if let Some(kernel) = newest(&cache)? {
+    if let Some(kernel) = newest(cache)? {
         return Ok(kernel);
     }
     // What somebody left who was killed at this point. Nobody else is at work here: we have the lock.
-    for entry in fs::read_dir(&cache)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNFINISHED)) {
+    for entry in fs::read_dir(cache)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNFINISHED)) {
         fs::remove_dir_all(entry.path())?;
     }
-    let package = match concrete_package() {
+    let package = match concrete_package(packages) {
         Ok(package) => package,
         Err(_) => {
             tell("asking apt what kernel there is (once)");
             let output = bound("apt-get").arg("update").output()?;
             ensure!(output.status.success(), "apt-get update: {}", String::from_utf8_lossy(&output.stderr).trim());
-            concrete_package()?
+            concrete_package(packages)?
         }
     };
     tell(&format!("fetching {package}, about 70 MB (once)"));
-    unpack(&cache, &package)?;
-    let kernel = newest(&cache)?.context("the kernel's package has no kernel in it")?;
+    unpack(cache, &package)?;
+    let kernel = newest(cache)?.context("the kernel's package has no kernel in it")?;
     Ok(Kernel { cached: false, ..kernel })
 }
 
@@ -103,12 +119,15 @@ fn newest(cache: &Path) -> Result<Option<Kernel>> {
     }))
 }
 
-/// The package that Debian's "newest kernel" stands for.
-fn concrete_package() -> Result<String> {
-    let text = run("apt-cache", &["depends", "--important", META_PACKAGE])?;
-    let found =
-        text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| name.starts_with("linux-image-"));
-    found.map(str::to_owned).with_context(|| format!("apt knows no {META_PACKAGE}: the lab needs Debian's archive"))
+/// The package that one of these names stands for; the first that apt knows.
+fn concrete_package(names: &[&str]) -> Result<String> {
+    let stands_for = |name: &&str| {
+        let text = run("apt-cache", &["depends", "--important", name]).ok()?;
+        let mut packages = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+        packages.find(|package| package.starts_with("linux-image-")).map(str::to_owned)
+    };
+    let found = names.iter().find_map(stands_for);
+    found.with_context(|| format!("apt knows none of {names:?}: the lab needs Debian's archive"))
 }
 
 /// Downloads (apt checks what arrives against the archive's signature), unpacks and indexes.

@@ -327,8 +327,11 @@ pub fn test_binary(package: &str, test: &str, words: &[&str]) -> Result<PathBuf>
     program.with_context(|| format!("cargo built no program for the test {test} of {package}"))
 }
 
-/// How cargo's id of a workspace package names it: by its folder, which is the last part of its name.
+/// How cargo's id of a workspace package names it: by its folder, which is the last part of its name; the root's by its own name too.
 fn package_folder(package: &str) -> String {
+    if package == "rig" {
+        return "#rig@".into();
+    }
     format!("/{}#", package.rsplit('-').next().unwrap_or(package))
 }
 

@@ -143,7 +143,7 @@ impl<'a> Station<'a> {
     /// # Errors
     /// It is refused.
     pub fn start_linux(&self, guest: &LinuxGuest) -> Result<()> {
-        self.start_text(&guest.name, &guest.text(&image::images()?))?.expect(0, &[])
+        self.start_text(&guest.name, &guest.text(&image::images(guest.debian)?))?.expect(0, &[])
     }
 
     /// Starts a guest from this configuration, and gives what was said.

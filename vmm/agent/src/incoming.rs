@@ -7,7 +7,7 @@ use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
 use crate::disks;
-use crate::jobs::{Ending, unix_ms};
+use crate::jobs::Ending;
 use crate::links;
 use crate::networks;
 use crate::outgoing::{host_error, resume};
@@ -112,24 +112,8 @@ impl Hosting for Reception {
 }
 
 fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> JobInfo {
-    JobInfo {
-        id,
-        direction: Direction::Incoming,
-        vm: vm.name.clone(),
-        vm_id: vm.id.to_string(),
-        peer,
-        migration: header.migration.to_string(),
-        generation: header.generation.0,
-        state: JobState::Running,
-        began_unix_ms: unix_ms(),
-        ended_unix_ms: None,
-        progress: None,
-        report: None,
-        announcements: Vec::new(),
-        snapshot: None,
-        words: String::new(),
-        code: None,
-    }
+    let job = JobInfo::begun(id, Direction::Incoming, &vm.name, &vm.id.to_string(), peer);
+    job.of(header.migration, header.generation)
 }
 
 /// Keeps the job up to date until the migration has ended.

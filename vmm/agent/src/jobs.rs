@@ -3,6 +3,7 @@
 
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use limosa_link::Cancel;
+use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::report::Report;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -205,20 +206,17 @@ impl Table {
     }
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn info(id: u64) -> JobInfo {
+impl JobInfo {
+    /// A job that begins now: it runs, and nothing is known of how it goes.
+    pub(crate) fn begun(id: u64, direction: Direction, vm: &str, vm_id: &str, peer: String) -> JobInfo {
         JobInfo {
             id,
-            direction: Direction::Outgoing,
-            vm: "web".into(),
-            vm_id: String::new(),
-            peer: "beta".into(),
+            direction,
+            vm: vm.to_owned(),
+            vm_id: vm_id.to_owned(),
+            peer,
             migration: String::new(),
-            generation: 1,
+            generation: 0,
             state: JobState::Running,
             began_unix_ms: unix_ms(),
             ended_unix_ms: None,
@@ -229,6 +227,23 @@ mod tests {
             words: String::new(),
             code: None,
         }
+    }
+
+    /// The same, of this attempt at moving the guest.
+    pub(crate) fn of(mut self, migration: MigrationId, generation: Generation) -> JobInfo {
+        self.migration = migration.to_string();
+        self.generation = generation.0;
+        self
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn info(id: u64) -> JobInfo {
+        JobInfo { generation: 1, ..JobInfo::begun(id, Direction::Outgoing, "web", "", "beta".into()) }
     }
 
     fn ending(state: JobState) -> Ending {

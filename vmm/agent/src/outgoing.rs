@@ -3,10 +3,9 @@
 
 use crate::agent::Agent;
 use crate::announcing;
-use crate::api::{ApiError, Direction, HostInfo, JobInfo, JobState, MigrateRequest, Plan};
+use crate::api::{ApiError, Direction, HostInfo, JobInfo, MigrateRequest, Plan};
 use crate::disks::{self, Marks};
 use crate::hosts::Host;
-use crate::jobs::unix_ms;
 use crate::leaving;
 use crate::pages::GuestPages;
 use crate::vm::{Claim, Vm, VmState};
@@ -122,24 +121,9 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
         .map_err(|_| ApiError::refused("internal", "the system gives no random numbers"))?;
     let migration = MigrationId(migration);
     let generation = agent.journal().next_generation(prepared.description.id);
-    let (id, cancel) = agent.jobs.begin(|id| JobInfo {
-        id,
-        direction: Direction::Outgoing,
-        vm: prepared.plan.vm.clone(),
-        vm_id: prepared.plan.vm_id.clone(),
-        peer: prepared.host.name.clone(),
-        migration: migration.to_string(),
-        generation: generation.0,
-        state: JobState::Running,
-        began_unix_ms: unix_ms(),
-        ended_unix_ms: None,
-        progress: None,
-        report: None,
-        announcements: Vec::new(),
-        snapshot: None,
-        words: String::new(),
-        code: None,
-    });
+    let (plan, peer) = (&prepared.plan, prepared.host.name.clone());
+    let job = |id| JobInfo::begun(id, Direction::Outgoing, &plan.vm, &plan.vm_id, peer).of(migration, generation);
+    let (id, cancel) = agent.jobs.begin(job);
     tracing::info!(job = id, vm = prepared.plan.vm, to = prepared.host.name, %migration, "a guest begins to leave");
     tokio::spawn(leaving::carry_out(Arc::clone(agent), id, prepared, (migration, generation), cancel));
     Ok(id)

@@ -205,6 +205,26 @@ pub(crate) fn tried(one: &LinkTried) -> String {
     format!("{}: {}{measured}", one.link, one.words)
 }
 
+/// What a job came to (an object, or nothing), with the job's own fields and `more` beside it, as machines get it.
+pub(crate) fn with_job(
+    came_to: &impl Serialize,
+    job: &JobInfo,
+    more: impl IntoIterator<Item = (&'static str, serde_json::Value)>,
+) -> serde_json::Value {
+    let came_to = serde_json::to_value(came_to).unwrap_or_default();
+    let mut fields = if let serde_json::Value::Object(fields) = came_to { fields } else { serde_json::Map::new() };
+    fields.extend(more.into_iter().map(|(key, value)| (key.to_owned(), value)));
+    fields.insert("job".into(), job.id.into());
+    fields.insert("vm".into(), job.vm.clone().into());
+    fields.insert("state".into(), serde_json::to_value(job.state).unwrap_or_default());
+    fields.insert("exit".into(), job.state.exit().into());
+    if job.state != JobState::Done {
+        fields.insert("words".into(), job.words.clone().into());
+        fields.insert("code".into(), job.code.clone().into());
+    }
+    fields.into()
+}
+
 /// How a job ended, in one line.
 pub(crate) fn ending(job: &JobInfo) -> String {
     let what = match job.state {

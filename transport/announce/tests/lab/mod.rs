@@ -15,9 +15,9 @@ use nix::sys::time::{TimeVal, TimeValLike};
 #[path = "../../../../tests/rig/skip.rs"]
 mod skip;
 
-/// Says that the kernel lacks something, which is no fault of the machine's set-up.
+/// Says that this machine's kernel lacks something that a machine of the lab has, where the test runs too.
 pub fn lacks(what: &str) {
-    skip::skip_kernel_lacks(what);
+    skip::skip_for_the_lab(&format!("this kernel has no {what}"));
 }
 
 /// A namespace that this process made.

@@ -5,8 +5,8 @@ mod file;
 pub(crate) mod restore;
 pub(crate) mod save;
 
-use crate::api::{Direction, JobInfo, JobProgress, JobState};
-use crate::jobs::{Jobs, unix_ms};
+use crate::api::{Direction, JobInfo, JobProgress};
+use crate::jobs::Jobs;
 use limosa_proto::identity::{Generation, VmId};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,24 +16,8 @@ const TELL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A job that saves or restores `vm`.
 fn job(id: u64, direction: Direction, vm: &str, vm_id: VmId, generation: Generation, file: &Path) -> JobInfo {
-    JobInfo {
-        id,
-        direction,
-        vm: vm.to_owned(),
-        vm_id: vm_id.to_string(),
-        peer: file.display().to_string(),
-        migration: String::new(),
-        generation: generation.0,
-        state: JobState::Running,
-        began_unix_ms: unix_ms(),
-        ended_unix_ms: None,
-        progress: None,
-        report: None,
-        announcements: Vec::new(),
-        snapshot: None,
-        words: String::new(),
-        code: None,
-    }
+    let job = JobInfo::begun(id, direction, vm, &vm_id.to_string(), file.display().to_string());
+    JobInfo { generation: generation.0, ..job }
 }
 
 /// Tells how far a job is, and not too often.

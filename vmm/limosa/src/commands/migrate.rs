@@ -53,20 +53,7 @@ fn show(context: &Context, job: &JobInfo) -> u8 {
 
 /// The report with the job's own fields beside its own, as machines get it.
 pub(crate) fn flat(job: &JobInfo) -> serde_json::Value {
-    let mut value = serde_json::to_value(&job.report).unwrap_or_default();
-    if !value.is_object() {
-        value = serde_json::json!({ "ok": job.state == JobState::Done });
-    }
-    if let Some(object) = value.as_object_mut() {
-        object.insert("job".into(), job.id.into());
-        object.insert("vm".into(), job.vm.clone().into());
-        object.insert("to".into(), job.peer.clone().into());
-        object.insert("state".into(), serde_json::to_value(job.state).unwrap_or_default());
-        object.insert("exit".into(), job.state.exit().into());
-        if job.state != JobState::Done {
-            object.insert("words".into(), job.words.clone().into());
-            object.insert("code".into(), job.code.clone().into());
-        }
-    }
-    value
+    // Only a job without a report is judged here: a report says itself whether all was well.
+    let ok = job.report.is_none().then_some(("ok", (job.state == JobState::Done).into()));
+    output::with_job(&job.report, job, ok.into_iter().chain([("to", job.peer.clone().into())]))
 }

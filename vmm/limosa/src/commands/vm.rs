@@ -56,23 +56,8 @@ fn snapshot(context: &Context, request: &Request) -> Ended {
 
 /// What was written or read with the job's own fields beside it, as machines get it.
 fn flat(job: &JobInfo) -> serde_json::Value {
-    let mut value = serde_json::to_value(&job.snapshot).unwrap_or_default();
-    if !value.is_object() {
-        value = serde_json::json!({});
-    }
-    if let Some(object) = value.as_object_mut() {
-        object.insert("ok".into(), (job.state == JobState::Done).into());
-        object.insert("job".into(), job.id.into());
-        object.insert("vm".into(), job.vm.clone().into());
-        object.insert("file".into(), job.peer.clone().into());
-        object.insert("state".into(), serde_json::to_value(job.state).unwrap_or_default());
-        object.insert("exit".into(), job.state.exit().into());
-        if job.state != JobState::Done {
-            object.insert("words".into(), job.words.clone().into());
-            object.insert("code".into(), job.code.clone().into());
-        }
-    }
-    value
+    let of_its_own = [("ok", (job.state == JobState::Done).into()), ("file", job.peer.clone().into())];
+    output::with_job(&job.snapshot, job, of_its_own)
 }
 
 fn show(vm: &VmInfo) {

@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 #![forbid(unsafe_code)]
 
+mod idle;
+
 use rig::linux::disk::{DiskState, examine};
 use rig::linux::outside::{Pings, Transfer, Way, tcp_counter};
 use rig::linux::share::{SHARED, share};
-use rig::linux::{KernelFile, LinuxBeat, LinuxGuest};
+use rig::linux::{Debian, KernelFile, LinuxBeat, LinuxGuest};
 use rig::process::wait_for;
 use rig::roce::{CPU_MODEL, Machines, Spec, Station, with_machines_like};
 use rig::{Context, Result, bail, ensure};
@@ -42,7 +44,9 @@ struct Lab<'a> {
 fn stock_linux_guests_boot_and_move_and_nobody_notices() {
     let like = |spec| {
         // The machines see the outer machine's files as if nobody wrote to them: so before they boot.
-        rig::linux::image::images()?;
+        for debian in [Debian::Bookworm, Debian::Trixie] {
+            rig::linux::image::images(debian)?;
+        }
         let less = LACKING.iter().fold(CPU_MODEL.to_owned(), |model, feature| format!("{model},-{feature}"));
         Ok(Spec { cpus: 1, cpu_models: [CPU_MODEL.into(), less], limit_seconds: 3600, ..spec })
     };
@@ -53,8 +57,9 @@ fn stock_linux_guests_boot_and_move_and_nobody_notices() {
         let more_alpha = format!("[[network]]\nname = \"dmz\"\nbridge = \"br9\"\n{storage}");
         let [alpha, beta] = Station::pair(machines.alpha(), machines.beta(), [&more_alpha, &storage])?;
         let lab = Lab { machines, alpha, beta };
-        let steps: [(&str, Step); 6] = [
+        let steps: [(&str, Step); 7] = [
             ("boots", boots_both_kernel_files),
+            ("idle", idle::moves_and_nobody_notices),
             ("refusals", is_refused_with_every_reason),
             ("moves", goes_there_and_back_under_load),
             ("saves", is_saved_and_restored_elsewhere),
@@ -72,32 +77,48 @@ fn stock_linux_guests_boot_and_move_and_nobody_notices() {
     });
 }
 
-/// Both files of the kernel, one vCPU and two, side by side on both machines: user space, the virtio drivers, a clean log.
+/// Both files of both Debians' kernels, one vCPU and two, two guests at a time: user space, the virtio drivers, a clean log.
 fn boots_both_kernel_files(lab: &Lab<'_>) -> Result<()> {
-    let plain = plain();
     let two = LinuxGuest::new("pvh", 2).vcpus(2);
-    let start = Instant::now();
-    lab.alpha.start_linux(&plain)?;
-    lab.beta.start_linux(&two)?;
-    for (station, guest) in [(&lab.alpha, &plain), (&lab.beta, &two)] {
-        let beat = station.wait_linux(&guest.name)?;
-        println!(
-            "{}, {} vCPUs: user space after {:.0} s of its own time, {:.0} s in all",
-            guest.name,
-            guest.vcpus,
-            beat.get("up_ms") as f64 / 1000.0,
-            start.elapsed().as_secs_f64()
-        );
-        let serial = station.serial(&guest.name);
-        ensure!(serial.contains(&format!("cpus={}", guest.vcpus)), "{serial}");
-        let drivers = serial.lines().find_map(|line| line.split_once("virtio=")).map(|(_, rest)| rest).unwrap_or_default();
-        for driver in ["virtio_net", "virtio_rng", "virtio_balloon"] {
-            ensure!(drivers.contains(driver), "no driver took a {driver}: {drivers}");
+    let newer = LinuxGuest::new("newer", 3).debian(Debian::Trixie).vcpus(2);
+    let newer_plain = LinuxGuest::new("newer-plain", 4).debian(Debian::Trixie).kernel(KernelFile::BzImage);
+    for pair in [[newer_plain, newer], [plain(), two]] {
+        let start = Instant::now();
+        let stations = [&lab.alpha, &lab.beta];
+        for (station, guest) in stations.iter().zip(&pair) {
+            station.start_linux(guest)?;
         }
-        ensure!(drivers.contains("clocksource=kvm-clock"), "{drivers}");
-        station.linux_lives(&guest.name, &beat)?;
+        for (station, guest) in stations.iter().zip(&pair) {
+            has_booted(station, guest, start)?;
+        }
+        for (station, guest) in stations.iter().zip(&pair).filter(|(_, guest)| guest.name != "plain") {
+            station.ask(&["vm", "stop", &guest.name])?;
+        }
     }
-    lab.beta.ask(&["vm", "stop", "pvh"])?;
+    Ok(())
+}
+
+fn has_booted(station: &Station<'_>, guest: &LinuxGuest, start: Instant) -> Result<()> {
+    let beat = station.wait_linux(&guest.name)?;
+    let serial = station.serial(&guest.name);
+    let release =
+        serial.split_once("limosa-linux ready kernel=").and_then(|(_, rest)| rest.split(' ').next()).unwrap_or_default();
+    println!(
+        "{}, Linux {release} as {:?}, {} vCPUs: user space after {:.0} s of its own time, {:.0} s in all",
+        guest.name,
+        guest.kernel,
+        guest.vcpus,
+        beat.get("up_ms") as f64 / 1000.0,
+        start.elapsed().as_secs_f64()
+    );
+    ensure!(release == rig::linux::image::images(guest.debian)?.release, "{release} has booted");
+    ensure!(serial.contains(&format!("cpus={}", guest.vcpus)), "{serial}");
+    let drivers = serial.lines().find_map(|line| line.split_once("virtio=")).map(|(_, rest)| rest).unwrap_or_default();
+    for driver in ["virtio_net", "virtio_rng", "virtio_balloon"] {
+        ensure!(drivers.contains(driver), "no driver took a {driver}: {drivers}");
+    }
+    ensure!(drivers.contains("clocksource=kvm-clock"), "{drivers}");
+    station.linux_lives(&guest.name, &beat)?;
     Ok(())
 }
 
@@ -126,7 +147,7 @@ fn is_refused_with_every_reason(lab: &Lab<'_>) -> Result<()> {
 fn same_mac_twice(lab: &Lab<'_>) -> Result<()> {
     let guest = LinuxGuest::new("first", 7).setting("cpu = \"minimum\"");
     lab.alpha.start_linux(&guest)?;
-    let images = rig::linux::image::images()?;
+    let images = rig::linux::image::images(guest.debian)?;
     let twin = LinuxGuest { name: "second".into(), ..guest.clone() };
     lab.alpha.start_text("second", &twin.text(&images))?.expect(1, &[&guest.mac(), "first"])?;
     ensure!(lab.alpha.vmms("second")?.is_empty(), "a VMM is left of a guest that was refused");
@@ -186,21 +207,19 @@ fn goes_there_and_back_under_load(lab: &Lab<'_>) -> Result<()> {
     wait_for(SHORT, "both transfers to begin", || Ok((from_guest.bytes() > 0 && to_guest.bytes() > 0).then_some(())))?;
     std::thread::sleep(Duration::from_secs(5));
     println!("before the first move: {:?}", pings.so_far()?);
-    let times = std::env::var("LIMOSA_LAB_TIMES").ok().and_then(|text| text.parse().ok()).unwrap_or(TIMES);
-    for round in 1..=times {
-        for link in LINKS {
-            for (from, to) in [(&lab.alpha, &lab.beta), (&lab.beta, &lab.alpha)] {
-                let moved = (from_guest.bytes(), to_guest.bytes());
-                let report = from.migrate("worker", to, &["--link", link])?;
-                ensure!(report["link"] == link, "{report}");
-                tell(&format!("{round} {} -> {}", from.machine.name, to.machine.name), &report, pings.so_far()?.slowest_ms);
-                beat = to.linux_lives("worker", &beat)?;
-                ensure!(from.vmms("worker")?.is_empty(), "the source still has a VMM");
-                let on = || Ok((from_guest.bytes() > moved.0 && to_guest.bytes() > moved.1).then_some(()));
-                wait_for(SHORT, "both transfers to go on", on)?;
-            }
-        }
-    }
+    let mut moves = 0u64;
+    times_back_and_forth(lab, |round, link, from, to| {
+        let moved = (from_guest.bytes(), to_guest.bytes());
+        let report = from.migrate("worker", to, &["--link", link])?;
+        ensure!(report["link"] == link, "{report}");
+        tell(&format!("{round} {} -> {}", from.machine.name, to.machine.name), &report, pings.so_far()?.slowest_ms);
+        beat = to.linux_lives("worker", &beat)?;
+        ensure!(from.vmms("worker")?.is_empty(), "the source still has a VMM");
+        let on = || Ok((from_guest.bytes() > moved.0 && to_guest.bytes() > moved.1).then_some(()));
+        wait_for(SHORT, "both transfers to go on", on)?;
+        moves += 1;
+        Ok(())
+    })?;
     let walks = beat.get("mem_walks");
     beat = verified(&lab.alpha, &beat, walks)?;
     let (out, into, pings) = (from_guest.finish()?, to_guest.finish()?, pings.finish()?);
@@ -209,7 +228,7 @@ fn goes_there_and_back_under_load(lab: &Lab<'_>) -> Result<()> {
         "{} moves: pings {} sent, {} answered, {} never ({:?}), {} late, slowest {} ms; from the guest {} bytes, longest stall {} ms; to the guest \
          {} bytes, longest stall {} ms; retransmission time-outs outside {}, inside {}; the guest's longest gap {} ms; {} memory pages, \
          {} disk blocks, {} files written",
-        times * LINKS.len() * 2,
+        moves,
         pings.sent,
         pings.answered,
         pings.lost.len(),
@@ -227,10 +246,23 @@ fn goes_there_and_back_under_load(lab: &Lab<'_>) -> Result<()> {
         beat.get("disk_seq"),
         beat.get("files"),
     );
-    let most = TIMEOUTS_MAX * times as u64 * LINKS.len() as u64 * 2;
+    let most = TIMEOUTS_MAX * moves;
     ensure!(timeouts.0 <= most && timeouts.1 <= most, "retransmission time-outs: {timeouts:?}, at most {most}");
     ensure!(pings.lost.is_empty(), "pings {:?} of {} were never answered", pings.lost, pings.sent);
     // A guest that works as hard as it can under two layers of emulation answers late at times, moved or not: that is printed.
+    Ok(())
+}
+
+/// There and back over each link, as often as is asked for.
+fn times_back_and_forth(lab: &Lab<'_>, mut go: impl FnMut(usize, &str, &Station<'_>, &Station<'_>) -> Result<()>) -> Result<()> {
+    let times = std::env::var("LIMOSA_LAB_TIMES").ok().and_then(|text| text.parse().ok()).unwrap_or(TIMES);
+    for round in 1..=times {
+        for link in LINKS {
+            for (from, to) in [(&lab.alpha, &lab.beta), (&lab.beta, &lab.alpha)] {
+                go(round, link, from, to)?;
+            }
+        }
+    }
     Ok(())
 }
 
