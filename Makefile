@@ -62,6 +62,9 @@ bench: bench-async-rdma ## measure every figure of docs/BENCHMARKS.md, and write
 	$(CARGO) bench -p rig --bench links -- --lab --json $(call BENCH_RECORD,links-lab)
 	$(CARGO) bench -p rig --bench peers -- --json $(call BENCH_RECORD,peers)
 	$(CARGO) bench -p rig --bench peers -- --lab --json $(call BENCH_RECORD,peers-lab)
+	$(CARGO) bench -p rig --bench downtime
+	$(CARGO) bench -p limosa-machine --bench pause
+	$(CARGO) bench -p rig --bench boot
 	@for name in links links-lab peers peers-lab; do \
 		record=docs/benchmarks/$(BENCH_DATE)-$$name.json; \
 		if [ -f $$record ]; then $(CARGO) bench -q -p rig --bench links -- --render $$record || exit; fi; done

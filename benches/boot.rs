@@ -5,8 +5,12 @@
 #![allow(clippy::print_stdout, reason = "a benchmark prints")]
 #![forbid(unsafe_code)]
 
+#[path = "common/mod.rs"]
+mod common;
+
 use anyhow::{Context, Result};
 use clap::Parser;
+use common::median;
 use rig::linux::{Debian, Images, KernelFile, LinuxGuest, image};
 use rig::process::limosa_bin;
 use rig::roce::{Machine, Machines, Spec, shell_quoted};
@@ -58,11 +62,6 @@ fn microvm(guest: &LinuxGuest, images: &Images) -> String {
     )
 }
 
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples.get(samples.len() / 2).copied().unwrap_or_default()
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     // The machines see the outer machine's files as if nobody wrote to them: so before they boot.
@@ -83,8 +82,7 @@ fn main() -> Result<()> {
                 }
             }
             let told = format!("{samples:.1?}");
-            let [ours, microvm] = &mut samples;
-            let (ours, microvm) = (median(ours), median(microvm));
+            let [ours, microvm] = samples.map(|samples| median(samples).unwrap_or(f64::NAN));
             let name = format!("{} {kernel:?}", images.release);
             println!("{name:28} {ours:>10.1} {microvm:>14.1} {:>7.2}   {told}", ours / microvm);
         }
