@@ -7,6 +7,7 @@
 
 use crate::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use crate::identity::{Generation, MigrationId};
+use crate::source::ending::MAY_HAVE_RUN;
 use crate::wire::message::VerdictAnswer;
 use std::time::Duration;
 
@@ -106,6 +107,7 @@ pub fn answered(answer: VerdictAnswer) -> Answered {
         VerdictAnswer::Unknown => {
             Answered::Again("the destination has no record of this migration, which proves nothing; it is asked again")
         }
+        VerdictAnswer::MayHaveRun => Answered::Again(MAY_HAVE_RUN),
     }
 }
 
@@ -195,7 +197,8 @@ pub enum Asked {
 }
 
 /// What a destination does about a question for `(migration, generation)`. `records` are those of the attempt with the host
-/// that asks; `released` is what it says; `guest` is the guest, if it is known here.
+/// that asks; `released` is what it says; `guest` is the guest here, `None` if it has no VMM: none is plugged in, and the
+/// process that was made for it is gone.
 #[must_use]
 pub fn asked(
     records: &[JournalRecord],
@@ -205,7 +208,14 @@ pub fn asked(
     guest: Option<GuestHere>,
 ) -> Asked {
     let answer = commit::answer(records, migration, generation);
-    let (VerdictAnswer::Pending, Some(guest)) = (answer, guest) else { return Asked::Answer(answer) };
+    if answer != VerdictAnswer::Pending {
+        return Asked::Answer(answer);
+    }
+    let asked_back = note(JournalRecordKind::Discarded, "the source asked for it back");
+    let Some(guest) = guest else {
+        // A source that asks like this has not said Commit and never will, so the guest did not run here.
+        return if released { Asked::Answer(VerdictAnswer::MayHaveRun) } else { Asked::Discard(asked_back) };
+    };
     if guest.claimed {
         // Its driver has not ended yet and decides.
         return Asked::Answer(VerdictAnswer::Pending);
@@ -213,7 +223,7 @@ pub fn asked(
     if released || guest.plugged.is_some_and(Plugged::is_taken) {
         return Asked::TakeUp(note(JournalRecordKind::Running, "the source in doubt released it"));
     }
-    Asked::Discard(note(JournalRecordKind::Discarded, "the source asked for it back"))
+    Asked::Discard(asked_back)
 }
 
 /// What a destination does when the source's word on a guest that was ready has not come in time.
@@ -227,6 +237,8 @@ pub enum OutOfPatience {
     Running(Note),
     /// It is given up: note it, and if that is durable end its VMM.
     Discard(Note),
+    /// Its VMM is gone, and it may have run: nothing is noted, and nobody resumes it on a guess.
+    MayHaveRun(&'static str),
 }
 
 /// What a destination does when the source's word on the attempt has not come in time. `plugged`: there is a connection to
@@ -249,6 +261,11 @@ pub fn out_of_patience(
     }
     if says.is_some_and(Plugged::is_taken) {
         return OutOfPatience::Running(note(JournalRecordKind::Running, "its VMM has taken it"));
+    }
+    if !plugged {
+        return OutOfPatience::MayHaveRun(
+            "the guest was ready here and its VMM is gone; whether it ran nobody can say, so the source does not get it back by itself",
+        );
     }
     OutOfPatience::Discard(note(JournalRecordKind::Discarded, "the source's word did not come in time"))
 }
@@ -288,7 +305,7 @@ mod tests {
     fn only_a_durable_discard_gives_a_guest_back() {
         assert!(matches!(answered(VerdictAnswer::Discarded), Answered::GivenBack(Note { kind: Aborted, .. })));
         assert!(matches!(answered(VerdictAnswer::Running), Answered::Gone(Note { kind: Running, .. })));
-        for proves_nothing in [VerdictAnswer::Pending, VerdictAnswer::Unknown] {
+        for proves_nothing in [VerdictAnswer::Pending, VerdictAnswer::Unknown, VerdictAnswer::MayHaveRun] {
             assert!(matches!(answered(proves_nothing), Answered::Again(_)), "{proves_nothing:?}");
         }
     }
@@ -333,7 +350,8 @@ mod tests {
         assert_eq!(asked(&[], true, loaded), Asked::Answer(VerdictAnswer::Unknown));
         assert_eq!(asked(&[Ready, Running], false, loaded), Asked::Answer(VerdictAnswer::Running));
         assert_eq!(asked(&[Ready, Discarded], true, loaded), Asked::Answer(VerdictAnswer::Discarded));
-        assert_eq!(asked(&[Ready], true, None), Asked::Answer(VerdictAnswer::Pending));
+        assert_eq!(asked(&[Ready], true, None), Asked::Answer(VerdictAnswer::MayHaveRun));
+        assert!(matches!(asked(&[Ready], false, None), Asked::Discard(_)), "Commit was never said");
         assert_eq!(asked(&[Ready], true, here(true, Some(Plugged::Loaded))), Asked::Answer(VerdictAnswer::Pending));
         assert!(matches!(asked(&[Ready], true, loaded), Asked::TakeUp(Note { kind: Running, .. })));
         assert!(matches!(asked(&[Ready], false, loaded), Asked::Discard(Note { kind: Discarded, .. })));
@@ -351,6 +369,7 @@ mod tests {
         assert!(matches!(late(&[Ready], false, None, true), OutOfPatience::Wait(_)));
         assert!(matches!(late(&[Ready], true, Some(Plugged::Running), true), OutOfPatience::Running(_)));
         assert!(matches!(late(&[Ready], true, Some(Plugged::Loaded), true), OutOfPatience::Discard(_)));
-        assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::Discard(_)));
+        assert!(matches!(late(&[Ready], true, None, true), OutOfPatience::Discard(_)));
+        assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::MayHaveRun(_)));
     }
 }

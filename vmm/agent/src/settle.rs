@@ -233,7 +233,10 @@ pub(crate) fn verdict(
         let claimed = vm.is_claimed();
         GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
     };
-    let asked = recovery::asked(&records, migration, generation, released, vm.as_ref().map(here));
+    // A VMM that lives and is not plugged in yet does not say.
+    let silent = || ready.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
+    let guest = vm.as_ref().map(here).or_else(silent);
+    let asked = recovery::asked(&records, migration, generation, released, guest);
     match (asked, ready, &vm) {
         (Asked::Answer(answer), _, _) => answer,
         (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
@@ -247,8 +250,8 @@ pub(crate) fn verdict(
             }
             VerdictAnswer::Running
         }
-        (Asked::Discard(given_up), Some(ready), Some(vm)) if note(agent, ready, given_up) => {
-            end_vm(agent, vm.id, false);
+        (Asked::Discard(given_up), Some(ready), _) if note(agent, ready, given_up) => {
+            end_vm(agent, ready.vm, false);
             VerdictAnswer::Discarded
         }
         _ => VerdictAnswer::Pending,
@@ -286,7 +289,7 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
     let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
     match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives) {
         OutOfPatience::Settled => {}
-        OutOfPatience::Wait(words) => agent.jobs.update(job, |info| info.words = words.into()),
+        OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => agent.jobs.update(job, |info| info.words = words.into()),
         OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
         OutOfPatience::Discard(given_up) => {
             if note(agent, ready, given_up) {
