@@ -290,6 +290,17 @@ pub fn asked(
     Asked::Discard(asked_back)
 }
 
+/// What becomes of that where the journal is broken: a record that could not be taken back, above all `discarded`, may be found
+/// by the next agent. So a guest that has not been taken is not let run; one that was is this host's all the same.
+#[must_use]
+pub fn asked_while_broken(asked: Asked, guest: Option<GuestHere>) -> Asked {
+    let taken = guest.and_then(|guest| guest.plugged).is_some_and(Plugged::is_taken);
+    match asked {
+        Asked::TakeUp(_) if !taken => Asked::Answer(VerdictAnswer::Pending),
+        asked => asked,
+    }
+}
+
 /// What a destination does when the source's word on a guest that was ready has not come in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OutOfPatience {
@@ -426,6 +437,17 @@ mod tests {
         for taken in [Plugged::Running, Plugged::Paused] {
             assert!(matches!(asked(&[Ready], false, here(false, Some(taken))), Asked::TakeUp(_)), "a guest that ran stays");
         }
+    }
+
+    #[test]
+    fn a_broken_journal_lets_nothing_run_that_does_not_already() {
+        let here = |plugged| Some(GuestHere { claimed: false, plugged: Some(plugged) });
+        let broken = |plugged| {
+            let asked = asked(&journal(&[Ready], 7), MIGRATION, Generation(7), true, here(plugged));
+            asked_while_broken(asked, here(plugged))
+        };
+        assert_eq!(broken(Plugged::Loaded), Asked::Answer(VerdictAnswer::Pending));
+        assert!(matches!(broken(Plugged::Running), Asked::TakeUp(_)));
     }
 
     #[test]

@@ -42,7 +42,11 @@ pub(crate) fn begin(agent: &Arc<Agent>) {
         let records = agent.journal().of(migration, generation);
         let Some(last) = records.last().cloned() else { continue };
         match recovery::at_start(&records, migration, generation) {
-            AtStart::Settle(settled) => drop(note(agent, &last, settled)),
+            AtStart::Settle(settled) => {
+                if !note(agent, &last, settled) {
+                    owe(agent, migration, generation, Ended::Stayed);
+                }
+            }
             AtStart::Ask => {
                 let job = doubtful_job(agent, &last, Direction::Outgoing);
                 tokio::spawn(ask(Arc::clone(agent), job, last));
@@ -275,15 +279,18 @@ pub(crate) fn keep_taking_up(vm: &Arc<Vm>) {
 pub(crate) fn owe(agent: &Arc<Agent>, migration: MigrationId, generation: Generation, ended: Ended) {
     let (agent, records) = (Arc::clone(agent), agent.journal().of(migration, generation));
     let (Some(last), Some(owed)) = (records.last().cloned(), recovery::owed(&records, ended)) else { return };
-    tokio::spawn(async move {
+    let work = move || {
         loop {
-            tokio::time::sleep(RETRY).await;
+            std::thread::sleep(RETRY);
             if agent.is_stopping() || recovery::owed(&agent.journal().of(migration, generation), ended).is_none() {
                 return;
             }
             note(&agent, &last, owed);
         }
-    });
+    };
+    if let Err(error) = std::thread::Builder::new().name("owed".into()).spawn(work) {
+        tracing::error!(%migration, %error, "no thread to write the journal");
+    }
 }
 
 /// Puts on record that a guest came here, before it leaves.
@@ -324,7 +331,7 @@ pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) {
 
 /// Destination: a source asks about a migration that no driver carries any more.
 pub(crate) fn verdict(
-    agent: &Agent,
+    agent: &Arc<Agent>,
     peer: HostId,
     migration: MigrationId,
     generation: Generation,
@@ -342,7 +349,10 @@ pub(crate) fn verdict(
     // A VMM that lives and is not plugged in yet does not say.
     let silent = || ready.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
     let guest = vm.as_ref().map(here).or_else(silent);
-    let asked = recovery::asked(&records, migration, generation, released, guest);
+    let mut asked = recovery::asked(&records, migration, generation, released, guest);
+    if agent.journal().is_broken() {
+        asked = recovery::asked_while_broken(asked, guest);
+    }
     match (asked, ready, &vm) {
         (Asked::Answer(answer), _, _) => answer,
         (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
@@ -350,7 +360,9 @@ pub(crate) fn verdict(
                 tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
                 return VerdictAnswer::Pending;
             }
-            note(agent, ready, taken);
+            if !note(agent, ready, taken) {
+                owe(agent, migration, generation, Ended::Came);
+            }
             if vm.state() == VmState::Running {
                 tell(agent, vm);
             }
