@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
+.PHONY: help setup demo test quick check sim fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
 
 # Under sudo the caller's Rust is not in PATH. Use it, but keep root's own cargo home: no root-owned files in another's.
 ifneq ($(SUDO_USER),)
@@ -44,6 +44,9 @@ check: ## formatting, clippy, documentation, licences and bans, tidy
 		echo "$(CARGO) deny check bans licenses sources"; $(CARGO) deny --log-level error check bans licenses sources; \
 	else echo "check: cargo-deny is not installed, licences and bans are unchecked (cargo install cargo-deny --locked)"; fi
 	@$(MAKE) --no-print-directory tidy
+
+sim: ## SEEDS=100000 worlds of migrations in which hosts, agents, disks and networks fail; SEED=n: replay one
+	$(if $(SEED),LIMOSA_SIM_SEED=$(SEED),LIMOSA_SIM_SEEDS=$(or $(SEEDS),100000)) $(CARGO) test -p rig --test sim -- --nocapture
 
 fuzz: ## hostile guests against every virtio device, SECONDS=600 each
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver

@@ -6,16 +6,18 @@ use crate::config::Config;
 use crate::cpu::Learnt;
 use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
-use crate::journal::{Journal, JournalError};
+use crate::journal::{self, Journal};
 use crate::links::Links;
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
+use limosa_proto::journal::JournalError;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The agent's parts.
 #[derive(Debug)]
@@ -29,6 +31,7 @@ pub(crate) struct Agent {
     pub(crate) links: Links,
     pub(crate) cpu: Learnt,
     stopping: AtomicBool,
+    started: Instant,
 }
 
 impl Agent {
@@ -46,14 +49,14 @@ impl Agent {
         directory(&config.state_dir, 0o700)?;
         directory(&config.state_dir.join("vm"), 0o700)?;
         directory(&config.run_dir, 0o755)?;
-        let (journal, warnings) = Journal::open(&config.state_dir).map_err(|e| refused(e.to_string()))?;
+        let (journal, warnings) = journal::open(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        let (links, cpu) = (Links::default(), Learnt::default());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping }, warnings))
+        let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
     }
 
     /// The journal, for reading.
@@ -71,6 +74,11 @@ impl Agent {
             Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
         }
         written
+    }
+
+    /// How long ago it started.
+    pub(crate) fn since_start(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether the agent is about to end.
