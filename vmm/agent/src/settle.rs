@@ -5,7 +5,7 @@
 
 use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
-use crate::jobs::{Ending, unix_ms};
+use crate::jobs::Ending;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
 use crate::process::birth;
@@ -62,23 +62,11 @@ pub(crate) fn begin(agent: &Arc<Agent>) {
 }
 
 fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> u64 {
+    let vm = record.vm.to_string();
     let (id, _) = agent.jobs.begin(|id| JobInfo {
-        id,
-        direction,
-        vm: record.vm.to_string(),
-        vm_id: record.vm.to_string(),
-        peer: agent.hosts.shown(record.peer),
-        migration: record.migration.to_string(),
-        generation: record.generation.0,
         state: JobState::InDoubt,
-        began_unix_ms: unix_ms(),
-        ended_unix_ms: None,
-        progress: None,
-        report: None,
-        announcements: Vec::new(),
-        snapshot: None,
         words: "the agent was restarted in the middle of the commit".into(),
-        code: None,
+        ..JobInfo::begun(id, direction, &vm, &vm, agent.hosts.shown(record.peer)).of(record.migration, record.generation)
     });
     id
 }
