@@ -48,6 +48,8 @@ pub struct AgentConfig {
     pub bind: Option<(PathBuf, PathBuf)>,
     /// Keys of `[cpu]`.
     pub cpu: BTreeMap<String, String>,
+    /// The program, where it is not the binary under test; then it looks for fail points too.
+    pub binary: Option<PathBuf>,
 }
 
 impl Default for AgentConfig {
@@ -63,6 +65,7 @@ impl Default for AgentConfig {
             storage: BTreeMap::new(),
             bind: None,
             cpu: BTreeMap::new(),
+            binary: None,
         }
     }
 }
@@ -217,16 +220,20 @@ impl Host {
         let path = self.file("agent.toml");
         std::fs::write(&path, self.config.text(self)?)?;
         let log = File::options().create(true).append(true).open(self.dir.join("agent.log"))?;
+        let binary = self.config.binary.clone().map_or_else(limosa_bin, Ok)?;
         let mut command = match &self.config.bind {
-            None => self.netns.command(limosa_bin()?),
+            None => self.netns.command(binary),
             Some((which, at)) => {
                 // `ip netns exec` has made a mount namespace for it.
                 let mut command = self.netns.command("sh");
                 command.args(["-c", "mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"", "sh"]).arg(which).arg(at);
-                command.arg(limosa_bin()?);
+                command.arg(binary);
                 command
             }
         };
+        if self.config.binary.is_some() {
+            command.env("LIMOSA_FAILPOINTS", crate::points::folder(self));
+        }
         command.arg("agent").arg("--config").arg(&path).stdout(log.try_clone()?).stderr(log);
         let mut process = Process::start("limosa agent", &mut command)?;
         let answer = wait_for(PATIENCE, "the agent's first answer", || {

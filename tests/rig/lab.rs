@@ -252,6 +252,14 @@ impl Lab {
         Ok(())
     }
 
+    /// Cuts or mends one way of the network: what `from` sends to `to` is lost, what comes back arrives.
+    pub fn one_way(&self, from: &Host, to: &Host, whole: bool) -> Result<()> {
+        // To an address that nobody has.
+        let words = if whole { "del" } else { "replace" };
+        let at = if whole { "" } else { "lladdr 02:00:00:77:ff:ff nud permanent" };
+        from.ip(&format!("neigh {words} {} {at} dev br0", to.ip)).map(drop)
+    }
+
     /// Every IP neighbour of the watcher, as text (for messages).
     pub fn neighbours(&self) -> Result<String> {
         run("ip", &["-n", self.watch.name(), "neigh", "show"])

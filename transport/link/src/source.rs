@@ -4,6 +4,7 @@
 use crate::control::ControlError;
 use crate::direct::{LaneMemory, RemoteKeys};
 use crate::driver::{Cancel, ask_verdict, counted, now, until};
+use crate::failpoints::{self, Point};
 use crate::host::SourceHost;
 use crate::hosted::{Called, Hosted};
 use crate::lanes::{LaneCounters, LaneEvent, LaneSender, RoundCounts};
@@ -228,6 +229,7 @@ impl Driver {
                 });
                 match started {
                     Ok(lanes) => {
+                        failpoints::pass(Some(Point::SourceLanesOpen));
                         self.lanes = Some(lanes);
                         self.feed(SourceEvent::LanesOpen);
                     }
@@ -241,6 +243,7 @@ impl Driver {
         match event {
             LaneEvent::Round(RoundCounts { round, pages, zero_pages, bytes_on_wire }) => {
                 self.moving = false;
+                failpoints::pass(Some(Point::SourceRoundSent));
                 self.feed(SourceEvent::PagesSent(RoundSent { round, pages, zero_pages, bytes_on_wire }));
             }
             // With everything sent, only the control channel counts.
@@ -258,6 +261,7 @@ impl Driver {
             Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
                 Ok(()) => {
                     self.heard = true;
+                    failpoints::pass(failpoints::source_hears(&message));
                     match &message {
                         Message::Accept(accept) => self.version = accept.version,
                         Message::Keys(given) => {
@@ -310,10 +314,12 @@ impl Driver {
     fn send(&mut self, message: &Message) {
         let Some(control) = &self.control else { return };
         self.said = true;
+        failpoints::pass(failpoints::source_says(message));
         if let Err(error) = control.send(self.tag.migration, self.tag.generation, message) {
             // The engine hears of it as of any other loss, after what it is doing now.
             let _ = self.inner.send(Inner::Event(SourceEvent::LinkLost(error.to_string())));
         }
+        failpoints::pass(matches!(message, Message::Commit).then_some(Point::SourceSaidCommit));
     }
 
     fn apply_all(&mut self) -> Option<SourceOutcome> {
@@ -434,10 +440,12 @@ impl Driver {
         self.control = None;
         let (link, inner, tag) = (self.link.clone(), self.inner.clone(), self.tag);
         tokio::spawn(async move {
+            failpoints::pass(Some(Point::SourceAsks));
             let event = match ask_verdict(&*link, tag.migration, tag.generation, released).await {
                 Ok(answer) => SourceEvent::Verdict(answer),
                 Err(error) => SourceEvent::LinkLost(error.to_string()),
             };
+            failpoints::pass(matches!(event, SourceEvent::Verdict(_)).then_some(Point::SourceHearsVerdict));
             let _ = inner.send(Inner::Event(event));
         });
     }

@@ -17,6 +17,7 @@ use crate::process::memory_available;
 use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
 use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
@@ -223,6 +224,15 @@ struct Receiving {
     reaching: Option<mpsc::Receiver<Reached>>,
 }
 
+/// The points before and after a destination's record is durable.
+fn points(kind: JournalRecordKind) -> [Point; 2] {
+    match kind {
+        JournalRecordKind::Running => [Point::DestinationRunningUnwritten, Point::DestinationRunningWritten],
+        JournalRecordKind::Discarded => [Point::DestinationDiscardedUnwritten, Point::DestinationDiscardedWritten],
+        _ => [Point::DestinationReadyUnwritten, Point::DestinationReadyWritten],
+    }
+}
+
 impl Receiving {
     fn vm(&self) -> Result<&Arc<Vm>, HostError> {
         self.vm.as_ref().map(Claim::vm).ok_or_else(|| HostError::new("no guest was let in"))
@@ -247,6 +257,7 @@ impl Drop for Receiving {
 
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
+        failpoints::pass(Some(Point::DestinationChecking));
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
@@ -259,6 +270,7 @@ impl DestinationHost for Receiving {
     }
 
     fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
+        failpoints::at(Point::DestinationPreparing)?;
         let guest = Arc::clone(self.vm()?);
         self.launched = true;
         let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
@@ -268,6 +280,7 @@ impl DestinationHost for Receiving {
         guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
+        failpoints::at(Point::DestinationLaunched)?;
         let mut description = vm.clone();
         // Looked at again: the VMM gets paths without links, and follows none in them.
         disks::put_paths(&self.agent.config.storage, &mut description).map_err(HostError::new)?;
@@ -280,17 +293,21 @@ impl DestinationHost for Receiving {
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(Point::DestinationPrepared)?;
         Ok(Arc::new(GuestPages(memory)))
     }
 
     fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
-        self.connection()?.load(&records).map(drop).map_err(host_error)
+        failpoints::at(Point::DestinationLoading)?;
+        self.connection()?.load(&records).map(drop).map_err(host_error)?;
+        failpoints::at(Point::DestinationLoaded)
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationResuming)?;
         resume(self.vm()?, Duration::ZERO)?;
         self.resumed = Instant::now();
-        Ok(())
+        failpoints::at(Point::DestinationResumed)
     }
 
     fn hold(&mut self) -> Result<(), HostError> {
@@ -303,6 +320,7 @@ impl DestinationHost for Receiving {
     }
 
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
+        failpoints::at(Point::DestinationAnnouncing)?;
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
@@ -316,7 +334,9 @@ impl DestinationHost for Receiving {
         self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
-        announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)
+        let told = announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)?;
+        failpoints::at(Point::DestinationAnnounced)?;
+        Ok(told)
     }
 
     fn reach(&mut self) -> Option<Reaching> {
@@ -325,6 +345,7 @@ impl DestinationHost for Receiving {
     }
 
     fn discard(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationDiscarding)?;
         self.announce_end.store(true, Ordering::Release);
         let Some(claim) = self.vm.take() else { return Ok(()) };
         let guest = claim.vm();
@@ -337,11 +358,14 @@ impl DestinationHost for Receiving {
         guest.end_within(DISCARD_MAX);
         self.agent.vms.remove(guest.id);
         settle::forget_process(&self.agent, guest.id);
-        Ok(())
+        failpoints::at(Point::DestinationDiscarded)
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        let [unwritten, written] = points(record.kind);
+        failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(written)?;
         if record.kind == JournalRecordKind::Running {
             settle::forget_process(&self.agent, record.vm);
         }

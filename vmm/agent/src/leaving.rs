@@ -12,6 +12,7 @@ use crate::outgoing::{KeptFrames, Prepared, Sending, resolve};
 use crate::pages::GuestPages;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
+use limosa_link::failpoints::{self, Point};
 use limosa_link::{Cancel, LaneSettings, Link, run_source_over};
 use limosa_proto::event::{Course, Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
@@ -108,6 +109,7 @@ pub(crate) async fn carry_out(
     cancel: Cancel,
 ) {
     let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
+    failpoints::pass(Some(Point::SourceBegins));
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
     let kept = KeptFrames::default();
@@ -129,6 +131,7 @@ pub(crate) async fn carry_out(
             SourceOutcome::Committed => {
                 // The destination has announced the guest once by now, so they find the way.
                 send_on(&vm.name, &kept);
+                failpoints::pass(Some(Point::SourceEndsVmm));
                 let told = vm.connection().map(|connection| connection.release());
                 if let Some(Err(error)) = told {
                     tracing::debug!(vm = vm.name, %error, "the VMM did not take the order to end; it is ended");
@@ -143,6 +146,7 @@ pub(crate) async fn carry_out(
     };
     // A VMM that takes long to end must not hold up the threads that answer others.
     let _ = tokio::task::spawn_blocking(finish).await;
+    failpoints::pass(Some(Point::SourceEnds));
     agent.jobs.end(id, ending);
 }
 

@@ -12,6 +12,7 @@ use crate::pages::GuestPages;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::{HostError, Pages, SourceHost};
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
@@ -208,6 +209,16 @@ pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
     }
 }
 
+/// The points before and after a source's record is durable.
+fn points(kind: JournalRecordKind) -> [Point; 2] {
+    match kind {
+        JournalRecordKind::Released => [Point::SourceReleasedUnwritten, Point::SourceReleasedWritten],
+        JournalRecordKind::Running => [Point::SourceRunningUnwritten, Point::SourceRunningWritten],
+        JournalRecordKind::Aborted => [Point::SourceAbortedUnwritten, Point::SourceAbortedWritten],
+        _ => [Point::SourceStartedUnwritten, Point::SourceStartedWritten],
+    }
+}
+
 impl Sending {
     pub(crate) fn new(agent: &Arc<Agent>, vm: &Arc<Vm>, pages: &Arc<GuestPages>, kept: &KeptFrames) -> Sending {
         let (agent, vm, pages, kept) = (Arc::clone(agent), Arc::clone(vm), Arc::clone(pages), Arc::clone(kept));
@@ -239,26 +250,35 @@ impl SourceHost for Sending {
     }
 
     fn start_tracking(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::SourceTracking)?;
         self.connection()?.track(true).map_err(host_error)
     }
 
     fn fetch_dirty(&mut self) -> Result<PageSet, HostError> {
+        failpoints::at(Point::SourceFetching)?;
         self.connection()?.fetch_dirty().map_err(host_error)
     }
 
     fn pause(&mut self) -> Result<(), HostError> {
-        self.connection()?.pause().map(drop).map_err(host_error)
+        failpoints::at(Point::SourcePausing)?;
+        self.connection()?.pause().map(drop).map_err(host_error)?;
+        failpoints::at(Point::SourcePaused)
     }
 
     fn save(&mut self) -> Result<Vec<Record>, HostError> {
+        failpoints::at(Point::SourceSaving)?;
         self.keep_frames();
-        self.connection()?.save().map_err(host_error)
+        let records = self.connection()?.save().map_err(host_error)?;
+        failpoints::at(Point::SourceSaved)?;
+        Ok(records)
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
         // They are in the guest's own queue.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        resume(&self.vm, REPLUG_MAX)
+        failpoints::at(Point::SourceResuming)?;
+        resume(&self.vm, REPLUG_MAX)?;
+        failpoints::at(Point::SourceResumed)
     }
 
     fn stop_tracking(&mut self) -> Result<(), HostError> {
@@ -266,6 +286,7 @@ impl SourceHost for Sending {
     }
 
     fn release(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::SourceReleasing)?;
         self.used = self.vm.cpu_seconds() - self.began;
         // Its end is expected from here on. It is told to end when the network knows where the guest is: until then frames
         // for the guest come to the TAP that ends with it (`leaving`).
@@ -274,10 +295,14 @@ impl SourceHost for Sending {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        let [unwritten, written] = points(record.kind);
+        failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(written)?;
         if record.kind == JournalRecordKind::Released {
             // Commit is said after this returns: the destination finds the images free, and what is in them whole.
             give_up_disks(&self.vm)?;
+            failpoints::at(Point::SourceDisksGivenUp)?;
         }
         Ok(())
     }
