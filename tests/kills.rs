@@ -56,24 +56,40 @@ enum Place {
     Nowhere,
 }
 
-/// What has to go wrong first, so that a point is on the way: (whose point, which fails).
-fn provoked_by(point: Point) -> Option<Point> {
+/// What has to go wrong first, so that a point is on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Nothing.
+    Plain,
+    /// The source fails at this point.
+    Fails(Point),
+    /// An agent is killed at this point and started anew.
+    Restarted(Point),
+}
+
+fn way_to(point: Point) -> Way {
+    use Point::*;
     match point {
-        Point::SourceSaysAbort
-        | Point::SourceAbortedUnwritten
-        | Point::SourceAbortedWritten
-        | Point::SourceResuming
-        | Point::SourceResumed => Some(Point::SourceSaved),
+        SourceSaysAbort | SourceAbortedUnwritten | SourceAbortedWritten | SourceResuming | SourceResumed => {
+            Way::Fails(SourceSaved)
+        }
         // Commit is never said, and the destination is asked to give the guest back.
-        Point::SourceAsks
-        | Point::SourceHearsVerdict
-        | Point::DestinationHearsVerdictAsk
-        | Point::DestinationDiscardedUnwritten
-        | Point::DestinationDiscardedWritten
-        | Point::DestinationDiscarding
-        | Point::DestinationDiscarded
-        | Point::DestinationSaysVerdict => Some(Point::SourceReleasedUnwritten),
-        _ => None,
+        SourceAsks
+        | SourceHearsVerdict
+        | DestinationHearsVerdictAsk
+        | DestinationDiscardedUnwritten
+        | DestinationDiscardedWritten
+        | DestinationDiscarding
+        | DestinationDiscarded
+        | DestinationSaysVerdict => Way::Fails(SourceReleasedUnwritten),
+        SourceRecoveryBegins => Way::Restarted(SourceRoundSent),
+        SourceRecoveryAsks | SourceRecoveryHears | SourceRecoveryWritten => Way::Restarted(SourceDisksGivenUp),
+        DestinationRecoveryPluggedIn => Way::Restarted(DestinationResumed),
+        DestinationRecoveryWaits | DestinationRecoveryAsked | DestinationRecoveryTookUp | DestinationRecoveryWritten => {
+            Way::Restarted(DestinationHearsCommit)
+        }
+        DestinationRecoveryGivesUp | DestinationRecoveryGivenUp => Way::Restarted(DestinationReadyWritten),
+        _ => Way::Plain,
     }
 }
 
@@ -85,13 +101,16 @@ fn is_source(point: Point) -> bool {
 fn allowed(point: Point, harm: Harm) -> &'static [Place] {
     use Place::{Destination, Nowhere, Source};
     // The order of the points is that of a migration, on each side.
-    let provoked = provoked_by(point).is_some();
+    let way = way_to(point);
+    let provoked = way != Way::Plain;
     let surely_before = provoked
         || (is_source(point) && point < Point::SourceReleasedUnwritten)
         || (!is_source(point) && point < Point::DestinationHearsCommit);
     let surely_runs_there = !provoked
         && (is_source(point) && point >= Point::SourceHearsRunning || !is_source(point) && point >= Point::DestinationResumed);
     match harm {
+        KillSourceVmm | KillDestinationVmm if matches!(way, Way::Restarted(_)) => &[Source, Destination, Nowhere],
+        _ if matches!(way, Way::Restarted(_)) => &[Source, Destination],
         KillSourceVmm if surely_before => &[Nowhere],
         KillSourceVmm if surely_runs_there => &[Destination],
         KillSourceVmm => &[Nowhere, Destination],
@@ -161,15 +180,28 @@ impl<'a> Course<'a> {
     fn harm_at(&mut self, point: Point, harm: Harm) -> Result<()> {
         self.lab.a.disarm()?;
         self.lab.b.disarm()?;
-        if let Some(first) = provoked_by(point) {
-            self.source().arm(first.name(), "fail")?;
-        }
         let home = is_source(point);
-        self.host(home).arm(point.name(), "stop")?;
+        match way_to(point) {
+            Way::Plain => {}
+            Way::Fails(first) => self.source().arm(first.name(), "fail")?,
+            Way::Restarted(first) => self.host(home).arm(first.name(), "kill")?,
+        }
+        if !matches!(way_to(point), Way::Restarted(_)) {
+            self.host(home).arm(point.name(), "stop")?;
+        }
         let mut running = self.leave()?;
+        if let Way::Restarted(_) = way_to(point) {
+            let host = self.host(home);
+            host.wait_agent_ended()?;
+            host.disarm()?;
+            host.arm(point.name(), "stop")?;
+            host.launch_agent(host.agent_config())?;
+        }
         self.host(home).wait_stopped(point.name())?;
         let stopped = self.host(home).agent_pid()?;
         self.harm(harm, Some(stopped))?;
+        // One that was launched anew may not have answered yet.
+        self.host(home).wait_agent()?;
         let place = self.rest(&mut running)?;
         ensure!(allowed(point, harm).contains(&place), "the guest is now: {place:?}; allowed is {:?}", allowed(point, harm));
         self.next(place)
@@ -199,7 +231,10 @@ impl<'a> Course<'a> {
                 self.host(harm == KillSourceAgent).restart_agent()?;
             }
             KillSourceVmm | KillDestinationVmm => {
-                self.host(harm == KillSourceVmm).vmms(None).into_iter().for_each(process::kill);
+                let vmms = self.host(harm == KillSourceVmm).vmms(None);
+                vmms.iter().for_each(|pid| process::kill(*pid));
+                // A process takes a while to die; its socket is open until then.
+                wait_for(REST_MAX, "the VMMs' end", || Ok(vmms.iter().all(|pid| !process::alive(*pid)).then_some(())))?;
                 go_on(stopped);
             }
             StopSourceAgent | StopDestinationAgent | StopSourceVmm | StopDestinationVmm => {
@@ -316,7 +351,8 @@ fn at_points(cases: &[(Point, Harm)], stand: Duration) {
         let mut course = Course::new(lab, stand)?;
         for (point, harm) in cases {
             let start = Instant::now();
-            course.harm_at(*point, *harm).with_context(|| format!("{harm:?} at {}", point.name()))?;
+            let again = || format!("HARM={harm:?} POINT={}, and `one_harm_at_one_point` does it again", point.name());
+            course.harm_at(*point, *harm).with_context(again)?;
             eprintln!("{harm:?} at {}: {:.1} s", point.name(), start.elapsed().as_secs_f64());
         }
         eprintln!("{} migrations: {:?}", cases.len(), course.came_to);
@@ -421,6 +457,19 @@ fn soak_at_random_times() {
 fn soak_every_harm_at_every_point() {
     let cases: Vec<_> = Point::ALL.iter().flat_map(|point| HARMS.map(|harm| (*point, harm))).collect();
     at_points(&cases, stand());
+}
+
+/// One of them: `HARM=KillDestinationVmm POINT=source-says-commit cargo test --test kills -- --ignored one_harm_at_one_point`.
+/// Without HARM every harm, without POINT every point whose name has POINTS in it.
+#[test]
+#[ignore = "for one case by hand"]
+fn one_harm_at_one_point() {
+    let (harm, point) = (std::env::var("HARM").ok(), std::env::var("POINT").ok());
+    let part = std::env::var("POINTS").unwrap_or_default();
+    let points = Point::ALL.iter().filter(|one| point.as_ref().map_or(one.name().contains(&part), |name| one.name() == name));
+    let fits = |one: &Harm| harm.as_ref().is_none_or(|name| *name == format!("{one:?}"));
+    let cases: Vec<_> = points.flat_map(|point| HARMS.into_iter().filter(fits).map(|harm| (*point, harm))).collect();
+    at_points(&cases, SILENCE + Duration::from_millis(700));
 }
 
 /// How long `make soak` stops and cuts: 30 s, and STAND_MS says otherwise.

@@ -67,6 +67,10 @@ points! {
     SourceResumed "source-resumed"
     SourceAsks "source-asks"
     SourceHearsVerdict "source-hears-verdict"
+    SourceRecoveryBegins "source-recovery-begins"
+    SourceRecoveryAsks "source-recovery-asks"
+    SourceRecoveryHears "source-recovery-hears"
+    SourceRecoveryWritten "source-recovery-written"
     DestinationHearsHello "destination-hears-hello"
     DestinationChecking "destination-checking"
     DestinationPreparing "destination-preparing"
@@ -94,6 +98,13 @@ points! {
     DestinationDiscarding "destination-discarding"
     DestinationDiscarded "destination-discarded"
     DestinationSaysVerdict "destination-says-verdict"
+    DestinationRecoveryPluggedIn "destination-recovery-plugged-in"
+    DestinationRecoveryWaits "destination-recovery-waits"
+    DestinationRecoveryAsked "destination-recovery-asked"
+    DestinationRecoveryTookUp "destination-recovery-took-up"
+    DestinationRecoveryWritten "destination-recovery-written"
+    DestinationRecoveryGivesUp "destination-recovery-gives-up"
+    DestinationRecoveryGivenUp "destination-recovery-given-up"
 }
 
 /// Reaches `point`.

@@ -313,6 +313,8 @@ impl DestinationHost for Receiving {
     fn hold(&mut self) -> Result<(), HostError> {
         hold(self.vm()?, Duration::ZERO)?;
         let taken = self.connection()?.status().map_err(host_error)?.state == Plugged::Paused;
+        // Asked before the guest is loaded, it is only to be remembered.
+        self.vm()?.set_may_have_run(taken);
         if taken {
             self.vm()?.set_state(VmState::Held);
         }

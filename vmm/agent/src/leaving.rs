@@ -124,6 +124,9 @@ pub(crate) async fn carry_out(
     {
         ending.words = format!("{}; {words}", ending.words);
     }
+    if let Some((_, words)) = vm.decided() {
+        ending.words = words;
+    }
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
     let finishing = Arc::clone(&agent);
     let finish = move || {

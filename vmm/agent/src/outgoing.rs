@@ -20,7 +20,7 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::identity::MigrationId;
 use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
-use limosa_proto::wire::message::VmDescription;
+use limosa_proto::wire::message::{VerdictAnswer, VmDescription};
 use ring::rand::SecureRandom as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -183,7 +183,11 @@ pub(crate) fn host_error(error: PlugError) -> HostError {
 /// Resumes the guest of `vm`; that it runs already is fine.
 pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
     let connection = vm.connection_within(patience).map_err(HostError::new)?;
-    match connection.resume() {
+    let resumed = connection.resume();
+    if !resumed.as_ref().is_err_and(PlugError::is_undone) {
+        vm.set_may_have_run(true);
+    }
+    match resumed {
         Ok(_) => {}
         // After a lost answer the order may already have been carried out.
         Err(error @ PlugError::Refused { .. }) => match connection.status() {
@@ -295,6 +299,10 @@ impl SourceHost for Sending {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        if self.vm.decided().is_some() {
+            // What the engine makes of it is written already, with who decided it and why.
+            return Ok(());
+        }
         let [unwritten, written] = points(record.kind);
         failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
@@ -305,6 +313,10 @@ impl SourceHost for Sending {
             failpoints::at(Point::SourceDisksGivenUp)?;
         }
         Ok(())
+    }
+
+    fn decided(&mut self) -> Option<VerdictAnswer> {
+        self.vm.decided().map(|(answer, _)| answer)
     }
 
     fn cpu_seconds(&mut self) -> f64 {

@@ -42,7 +42,7 @@ fn run(context: &Context, command: Command) -> Ended {
         Command::Jobs { watch, .. } => commands::jobs::list(context, watch),
         Command::Job { id, watch, .. } => commands::jobs::show(context, id, watch),
         Command::Cancel { id } => context.ask_done(&Request::Cancel { id }),
-        Command::Verdict { id } => commands::jobs::verdict(context, id),
+        Command::Verdict(args) => commands::jobs::verdict(context, args),
         Command::Announce { vm } => commands::announce::run(context, vm),
         Command::Demo(args) => demo::run(context, &args),
         Command::Completions { shell } => commands::manual::completions(shell),
