@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const SILENCE: Duration = Duration::from_millis(1000);
 /// How long everything may take to come to rest after a harm: the longest deadline is the agent's for a VMM, 10 s.
 const REST_MAX: Duration = Duration::from_secs(40);
+/// How long two hosts that talk may be in doubt before a person has to look.
+const DOUBT_MAX: Duration = Duration::from_secs(25);
 
 /// What is done to whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -202,7 +204,7 @@ impl<'a> Course<'a> {
         self.harm(harm, Some(stopped))?;
         // One that was launched anew may not have answered yet.
         self.host(home).wait_agent()?;
-        let place = self.rest(&mut running)?;
+        let place = self.rest(&mut running, harm)?;
         ensure!(allowed(point, harm).contains(&place), "the guest is now: {place:?}; allowed is {:?}", allowed(point, harm));
         self.next(place)
     }
@@ -212,7 +214,7 @@ impl<'a> Course<'a> {
         let mut running = self.leave()?;
         std::thread::sleep(delay);
         self.harm(harm, None)?;
-        let place = self.rest(&mut running)?;
+        let place = self.rest(&mut running, harm)?;
         ensure!(place != Place::Nowhere || matches!(harm, KillSourceVmm | KillDestinationVmm), "the guest is lost");
         self.next(place)
     }
@@ -234,7 +236,7 @@ impl<'a> Course<'a> {
                 let vmms = self.host(harm == KillSourceVmm).vmms(None);
                 vmms.iter().for_each(|pid| process::kill(*pid));
                 // A process takes a while to die; its socket is open until then.
-                wait_for(REST_MAX, "the VMMs' end", || Ok(vmms.iter().all(|pid| !process::alive(*pid)).then_some(())))?;
+                wait_for(REST_MAX, "the VMMs' end", || Ok(vmms.iter().all(|pid| process::is_over(*pid)).then_some(())))?;
                 go_on(stopped);
             }
             StopSourceAgent | StopDestinationAgent | StopSourceVmm | StopDestinationVmm => {
@@ -271,10 +273,33 @@ impl<'a> Course<'a> {
         self.lab.one_way(host(from), host(to), whole)
     }
 
+    /// Its VMM at the destination died when it may have run there, and no host can know: a person looks and decides.
+    fn decide(&mut self) -> Result<()> {
+        let last = |host: &Host| host.beats(&self.guest.name).last().map_or(0, |beat| beat.n);
+        let ran = last(self.destination()) > last(self.source());
+        let host = if ran { self.source() } else { self.destination() };
+        let jobs = host.jobs()?;
+        let Some(job) = jobs.iter().find(|job| job["state"] == "in_doubt") else { return Ok(()) };
+        let (job, reason) = (job["id"].to_string(), if ran { "it ran there and died there" } else { "it never ran there" });
+        let decided =
+            host.limosa(&["verdict", &job, "--decide", "gone", "--reason", reason, "--i-have-looked-at-the-other-host"])?;
+        // It may have been settled just before.
+        ensure!(decided.code != 2, "{decided:?}");
+        *self.came_to.entry("decided by a person".into()).or_default() += 1;
+        Ok(())
+    }
+
     /// Waits until both hosts have settled it: no job is open, and VMMs, TAPs and records are those of one guest or of none.
-    fn rest(&mut self, running: &mut Running) -> Result<Place> {
+    fn rest(&mut self, running: &mut Running, harm: Harm) -> Result<Place> {
         let mut seen = String::new();
         let start = Instant::now();
+        if harm == KillDestinationVmm {
+            let open = |host: &Host| Ok::<bool, rig::Error>(state_of(host)?.ends_with("open []"));
+            let settled = || Ok((open(&self.lab.a)? && open(&self.lab.b)?).then_some(()));
+            if wait_for(DOUBT_MAX, "both to settle it by themselves", settled).is_err() {
+                self.decide()?;
+            }
+        }
         let rested = wait_for(REST_MAX, "both hosts to settle it", || {
             seen = format!("{} | {}", state_of(&self.lab.a)?, state_of(&self.lab.b)?);
             Ok(match seen.as_str() {

@@ -41,6 +41,12 @@ pub fn alive(pid: u32) -> bool {
     }
 }
 
+/// Whether a process has closed all that it had open: its first thread is a zombie before the others have ended.
+pub fn is_over(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    !alive(pid) && threads <= 1
+}
+
 /// Whether a process stands still by SIGSTOP.
 pub fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

@@ -12,6 +12,9 @@ use std::time::Duration;
 /// How often a watcher hears of a job at most.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How long a cancel waits for its effect.
+const CANCEL_MAX: Duration = Duration::from_secs(1);
+
 /// Carries out `request` of `who`.
 pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies, who: &str) -> Result<Answer, ApiError> {
     match request {
@@ -59,12 +62,33 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
         Request::Jobs { watch: true } => watch_all(agent, replies).await,
         Request::Job { id, watch: false } => job(agent, id).map(|job| Answer::Job(Box::new(job))),
         Request::Job { id, watch: true } => follow(agent, id, replies).await,
-        Request::Cancel { id } => {
-            agent.jobs.cancel(id, "cancelled by command").map_err(|words| ApiError::refused("cancel", words))?;
-            Ok(Answer::Done(format!("job {id} is asked to stop; `limosa job {id} --watch` shows how it ends")))
-        }
+        Request::Cancel { id } => cancel(agent, id).await.map(Answer::Done),
         Request::Verdict { id, decide } => verdict::verdict(agent, id, decide, who).await.map(Answer::Verdict),
         Request::Announce { vm } => blocking(agent, move |agent| announce(agent, &vm)).await,
+    }
+}
+
+/// Cancels a job, and says what that means where it is.
+async fn cancel(agent: &Arc<Agent>, id: u64) -> Result<String, ApiError> {
+    let refused = |words: String| ApiError::refused("cancel", words);
+    let mut changed = agent.jobs.watch();
+    agent.jobs.cancel(id, "cancelled by command").map_err(refused)?;
+    let ended =
+        async { while job(agent, id).is_ok_and(|info| info.state == JobState::Running) && changed.changed().await.is_ok() {} };
+    // Before the commit it ends at once, whatever the other host does.
+    let _ = tokio::time::timeout(CANCEL_MAX, ended).await;
+    let info = job(agent, id)?;
+    match info.state {
+        JobState::Aborted | JobState::Refused => Ok(format!("job {id} is cancelled: {}", info.words)),
+        JobState::Done => Err(refused(format!("job {id} was past its commit: it is done, and cannot be cancelled"))),
+        JobState::InDoubt => {
+            Err(refused(format!("job {id} is past its commit and in doubt: it ends when the hosts can talk again")))
+        }
+        JobState::Running if info.progress.as_ref().is_some_and(|progress| progress.committing) => Err(refused(format!(
+            "job {id} is at its commit, which nobody can take back: either the guest runs at the destination, or it comes back by \
+             itself; `limosa job {id} --watch` shows it"
+        ))),
+        JobState::Running => Ok(format!("job {id} is asked to stop; `limosa job {id} --watch` shows how it ends")),
     }
 }
 

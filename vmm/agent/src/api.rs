@@ -430,6 +430,8 @@ impl JobState {
 pub struct JobProgress {
     /// What it is doing, as the protocol names it.
     pub phase: String,
+    /// Whether the guest may have been given away already: nothing is cancelled any more.
+    pub committing: bool,
     /// Round of pre-copy, from 1.
     pub round: u32,
     /// Bytes that are still to be sent in this round.

@@ -175,6 +175,10 @@ fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
     if agent.is_stopping() {
         found.push(Reason { id: Code::Shutdown.id().into(), words: "the destination's agent is stopping".into() });
     }
+    if let Err(words) = agent.can_record() {
+        tracing::error!(words, "no guest is let in");
+        found.push(Reason { id: "journal".into(), words: fit(&format!("the destination: {words}"), WORDS_BYTES_MAX) });
+    }
     if !plain_name(&vm.name) {
         let words = fit(&format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name), WORDS_BYTES_MAX);
         found.push(Reason { id: "name".into(), words });

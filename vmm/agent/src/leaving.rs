@@ -326,6 +326,7 @@ async fn show(agent: Arc<Agent>, id: u64, mut seen: watch::Receiver<Progress>) {
 fn job_progress(progress: &Progress) -> JobProgress {
     JobProgress {
         phase: progress.state.to_string(),
+        committing: progress.state.is_committing(),
         round: progress.round,
         bytes_remaining: progress.pages_remaining.saturating_mul(PAGE_BYTES),
         memory_bytes: progress.memory_bytes,

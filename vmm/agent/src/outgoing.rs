@@ -109,6 +109,7 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
     if agent.is_stopping() {
         return Err(ApiError::refused("shutdown", "the agent is stopping"));
     }
+    agent.can_record().map_err(|words| ApiError::refused("journal", words))?;
     let most = agent.config.migration.outgoing_max;
     if agent.jobs.running(Direction::Outgoing) >= most {
         let words = format!("{most} guests are leaving already, and no more may (migration.outgoing_max)");

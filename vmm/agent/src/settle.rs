@@ -293,7 +293,13 @@ pub(crate) fn verdict(
     };
     let asked = recovery::asked(&records, migration, generation, released, vm.as_ref().map(here));
     match (asked, ready, &vm) {
-        (Asked::Answer(answer), _, _) => answer,
+        (Asked::Answer(answer), _, _) => {
+            if answer == VerdictAnswer::Unknown {
+                let (peer, generation) = (agent.hosts.shown(peer), generation.0);
+                tracing::warn!(peer, %migration, generation, "asked for a verdict on an attempt of which nothing is known with it");
+            }
+            answer
+        }
         (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
             if let Err(error) = take_up(vm, REPLUG_MAX) {
                 tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
