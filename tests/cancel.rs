@@ -57,6 +57,10 @@ fn a_cancel_before_the_commit_takes_effect_within_a_second_though_the_destinatio
             );
             running.wait(Duration::from_secs(5))?.expect_code(3).context(point)?;
             process::signal(lab.b.agent_pid()?, Signal::SIGCONT);
+            // It may be about to make its VMM: not before its job has ended is anything settled there.
+            wait_for(Duration::from_secs(20), "the destination's job to end", || {
+                Ok((lab.b.jobs()?.iter().all(|job| job["state"] != "running") && lab.b.guests()?.is_empty()).then_some(()))
+            })?;
             lab.settled(&lab.b, 0).context(point)?;
         }
         lab.unharmed(guest)

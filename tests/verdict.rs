@@ -100,11 +100,9 @@ fn a_person_decides_when_the_destination_is_gone_for_ever() {
 fn a_person_decides_after_a_restart_and_what_the_destination_says_counts() {
     lab(|lab, guest| {
         // Both agents die; the destination's VMM waits, and may be committed.
-        lab.a.arm("source-said-commit", "stop")?;
         let mut running = destination_is_lost(lab)?;
-        lab.a.wait_stopped("source-said-commit")?;
+        in_doubt(&lab.a)?;
         lab.a.kill_agent()?;
-        lab.a.disarm()?;
         running.wait(SOON)?;
         lab.a.restart_agent()?;
         let job = in_doubt(&lab.a)?;
@@ -116,6 +114,7 @@ fn a_person_decides_after_a_restart_and_what_the_destination_says_counts() {
         // And there a person lets it run.
         lab.b.restart_agent()?;
         let job = in_doubt(&lab.b)?;
+        lab.b.wait_knows("web", true)?;
         refused(&lab.b, &job, &["--decide", "here", "--reason", "a is told"], "not-known")?;
         let decided = verdict(&lab.b, &job, &["--decide", "here", "--reason", "a is told", LOOKED], 0)?;
         ensure!(has_record(&decided, "Running", "a is told"), "{decided}");

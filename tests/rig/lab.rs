@@ -203,6 +203,10 @@ impl Lab {
     pub fn end(mut self) -> Result<()> {
         let mut problems = Vec::new();
         for host in [&mut self.a, &mut self.b] {
+            // A test that failed may have left them standing still, and nobody would ever answer.
+            for pid in host.netns.processes() {
+                process::signal(pid, nix::sys::signal::Signal::SIGCONT);
+            }
             if host.agent_pid().is_err() {
                 continue;
             }

@@ -80,14 +80,29 @@ impl Agent {
 
     /// Writes a record durably.
     pub(crate) fn write(&self, record: &JournalRecord) -> Result<(), JournalError> {
-        let written = self.journal().append(record);
+        self.write_if(record, |_| true).map(drop)
+    }
+
+    /// Writes a record durably if what the journal says of its attempt allows it: nobody writes between the look and the
+    /// writing. Whether it was written.
+    pub(crate) fn write_if(
+        &self,
+        record: &JournalRecord,
+        fits: impl FnOnce(&[JournalRecord]) -> bool,
+    ) -> Result<bool, JournalError> {
+        let mut journal = self.journal();
+        if !fits(&journal.of(record.migration, record.generation)) {
+            return Ok(false);
+        }
+        let written = journal.append(record);
+        drop(journal);
         match &written {
             Ok(()) => {
                 tracing::info!(kind = ?record.kind, migration = %record.migration, generation = record.generation.0, vm = %record.vm, "journal")
             }
             Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
         }
-        written
+        written.map(|()| true)
     }
 
     /// Whether a migration could be written down now: none is begun or let in that could not.

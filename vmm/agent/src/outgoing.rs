@@ -300,8 +300,13 @@ impl SourceHost for Sending {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
-        if self.vm.decided().is_some() {
-            // What the engine makes of it is written already, with who decided it and why.
+        let decided = match self.vm.decided() {
+            Some((VerdictAnswer::Discarded, _)) => Some(JournalRecordKind::Aborted),
+            Some(_) => Some(JournalRecordKind::Running),
+            None => None,
+        };
+        if decided == Some(record.kind) {
+            // It is written already, with who decided it and why. What the destination says against it is a fact, and is written.
             return Ok(());
         }
         let [unwritten, written] = points(record.kind);

@@ -387,7 +387,7 @@ pub(crate) fn forget_process(agent: &Agent, vm: VmId) {
     let _ = std::fs::remove_file(process_file(agent, vm));
 }
 
-fn process_lives(agent: &Agent, vm: VmId) -> bool {
+pub(crate) fn process_lives(agent: &Agent, vm: VmId) -> bool {
     let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
     let mut fields = text.split_whitespace().map(str::parse::<u64>);
     let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return false };

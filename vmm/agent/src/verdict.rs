@@ -25,6 +25,8 @@ struct Case {
     info: JobInfo,
     records: Vec<JournalRecord>,
     vm: Option<Arc<Vm>>,
+    /// Whether the process of a VMM that is not known here lives, as far as was noted.
+    lives: bool,
 }
 
 /// What is known; `decide` is the operator's decision, and `who` it is.
@@ -45,6 +47,8 @@ pub(crate) async fn verdict(agent: &Arc<Agent>, id: u64, decide: Option<Decide>,
         None => None,
     };
     if let Some(decide) = decide {
+        // It may have been settled while this waited.
+        admissible(&Case::of(agent, id)?.info, &decide)?;
         let words = format!("decided by {who}: {}", decide.reason.trim());
         refuse(&case, said.as_ref(), &decide)?;
         tracing::warn!(job = id, vm = case.info.vm, whose = ?decide.whose, words, "an operator decides about a guest in doubt");
@@ -99,7 +103,11 @@ fn refuse(case: &Case, said: Option<&Said>, decide: &Decide) -> Result<(), ApiEr
         _ => {}
     }
     if decide.whose == Whose::Here && case.vm.as_ref().is_none_or(|vm| vm.has_ended()) {
-        let words = "the guest's VMM on this host has ended: there is nothing to run here; `--decide gone` ends the doubt";
+        let words = if case.lives {
+            "the guest's VMM on this host lives and has not plugged in yet: try again in a moment"
+        } else {
+            "the guest's VMM on this host has ended: there is nothing to run here; `--decide gone` ends the doubt"
+        };
         return Err(ApiError::refused("no-vmm", words.to_owned()));
     }
     let known = matches!(
@@ -135,7 +143,11 @@ async fn carry_out(agent: &Arc<Agent>, case: &Case, decide: &Decide, words: Stri
     let (deciding, vm, id) = (Arc::clone(agent), case.vm.clone(), case.info.id);
     let here = decide.whose == Whose::Here;
     let done = tokio::task::spawn_blocking(move || {
-        deciding.write(&record).map_err(|error| error.to_string())?;
+        let open = |records: &[JournalRecord]| is_open(records, outgoing);
+        if !deciding.write_if(&record, open).map_err(|error| failed(error.to_string()))? {
+            let words = "it was settled at this very moment; `limosa verdict` says how".to_owned();
+            return Err(ApiError::refused("not-in-doubt", words));
+        }
         match vm {
             // A driver carries it still, and asks before it asks the destination again.
             Some(vm) if vm.is_claimed() => vm.decide(answer, words),
@@ -143,7 +155,7 @@ async fn carry_out(agent: &Arc<Agent>, case: &Case, decide: &Decide, words: Stri
         }
         Ok(())
     });
-    done.await.map_err(|e| failed(e.to_string()))?.map_err(failed)?;
+    done.await.map_err(|e| failed(e.to_string()))??;
     let mut changed = agent.jobs.watch();
     let ended = async {
         while agent.jobs.get(id).is_some_and(|job| job.state == JobState::InDoubt) && changed.changed().await.is_ok() {}
@@ -151,6 +163,17 @@ async fn carry_out(agent: &Arc<Agent>, case: &Case, decide: &Decide, words: Stri
     // It is written down; that it takes long changes nothing about it.
     let _ = tokio::time::timeout(CARRY_OUT_MAX, ended).await;
     Ok(())
+}
+
+/// Whether an attempt is undecided by the journal.
+fn is_open(records: &[JournalRecord], outgoing: bool) -> bool {
+    let Some(last) = records.last() else { return false };
+    if !outgoing {
+        let verdict = commit::destination_verdict(records, last.migration, last.generation);
+        return verdict == commit::DestinationVerdict::Undecided;
+    }
+    // Where `released` could not be written the source is in doubt all the same.
+    matches!(last.kind, JournalRecordKind::Started | JournalRecordKind::Released)
 }
 
 impl Case {
@@ -162,8 +185,10 @@ impl Case {
         }
         let (migration, generation) = info.attempt().map_err(|e| ApiError::refused("no-journal", format!("job {id}: {e}")))?;
         let records = agent.journal().of(migration, generation);
-        let vm = info.vm_id.parse().ok().and_then(|vm| agent.vms.with_id(vm));
-        Ok(Case { info, records, vm })
+        let id = info.vm_id.parse().ok();
+        let vm = id.and_then(|id| agent.vms.with_id(id));
+        let lives = vm.is_none() && id.is_some_and(|id| settle::process_lives(agent, id));
+        Ok(Case { info, records, vm, lives })
     }
 
     /// The last record of a source that is in doubt.
@@ -181,6 +206,7 @@ impl Case {
         let journal =
             self.records.iter().map(|record| format!("{:?} {}", record.kind, record.words).trim().to_string()).collect();
         let vmm = match (&self.vm, self.plugged()) {
+            (None, _) if self.lives => "the guest's VMM here lives and has not plugged in yet".to_owned(),
             (None, _) => "this host has no VMM of the guest".to_owned(),
             (Some(vm), _) if vm.has_ended() => "the guest's VMM here has ended".to_owned(),
             (Some(_), Some(state)) => format!("the guest's VMM here says: {}", state.words()),
