@@ -23,6 +23,7 @@ fn a_journal_that_cannot_be_understood_stops_the_agent_in_words() {
         lab.guest(&guest)?;
         lab.a.migrate_well("web", &lab.b, &[])?;
         lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(&guest, &lab.a, &lab.b)?;
         ensure!(lab.a.stop_agent()?.code() == Some(0));
         let file = lab.a.state_dir().join("journal");
         let good = std::fs::read(&file)?;

@@ -175,12 +175,6 @@ impl<D: Disk> Journal<D> {
         Ok((journal, warnings))
     }
 
-    /// Whether it takes no record any more, since an earlier write failed and could not be undone.
-    #[must_use]
-    pub fn is_broken(&self) -> bool {
-        self.broken
-    }
-
     /// Every record, oldest first.
     #[must_use]
     pub fn records(&self) -> &[JournalRecord] {
@@ -230,6 +224,12 @@ impl<D: Disk> Journal<D> {
         }
         self.records.push(record.clone());
         Ok(())
+    }
+
+    /// Whether an earlier write failed and could not be taken back: nothing is written any more.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// What it lies on.

@@ -17,6 +17,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A journal's disk with less room than this takes no migration: some hundred records.
 const ROOM_BYTES_MIN: u64 = 64 << 10;
@@ -46,6 +47,7 @@ pub(crate) struct Agent {
     pub(crate) links: Links,
     pub(crate) cpu: Learnt,
     stopping: AtomicBool,
+    started: Instant,
 }
 
 impl Agent {
@@ -69,8 +71,8 @@ impl Agent {
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        let (links, cpu) = (Links::default(), Learnt::default());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping }, warnings))
+        let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
     }
 
     /// The journal, for reading.
@@ -125,6 +127,11 @@ impl Agent {
             return unwritable("its disk is full; free some space there");
         }
         Ok(())
+    }
+
+    /// How long ago it started.
+    pub(crate) fn since_start(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether the agent is about to end.

@@ -118,6 +118,7 @@ fn refuse(case: &Case, said: Option<&Said>, decide: &Decide) -> Result<(), ApiEr
         return Ok(());
     }
     let why = match said {
+        Some(Ok(VerdictAnswer::MayHaveRun)) => "the destination cannot tell whether the guest ran there".to_owned(),
         Some(Ok(_)) => "the destination has no record of this migration".to_owned(),
         Some(Err(words)) => words.clone(),
         None => "the source cannot be asked from here".to_owned(),
@@ -219,6 +220,7 @@ impl Case {
             Some(Ok(VerdictAnswer::Running)) => "the destination says: it runs there".to_owned(),
             Some(Ok(VerdictAnswer::Discarded)) => "the destination says: given up there for good".to_owned(),
             Some(Ok(VerdictAnswer::Pending)) => "the destination says: not decided there".to_owned(),
+            Some(Ok(VerdictAnswer::MayHaveRun)) => "the destination says: it may have run there, and its VMM is gone".to_owned(),
             Some(Ok(_)) => "the destination has no record of it, which proves nothing".to_owned(),
             Some(Err(words)) => format!("the destination cannot be asked: {words}"),
         };
