@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check sim fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
+.PHONY: help setup demo test quick check sim soak fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
 
 # Under sudo the caller's Rust is not in PATH. Use it, but keep root's own cargo home: no root-owned files in another's.
 ifneq ($(SUDO_USER),)
@@ -50,6 +50,13 @@ sim: ## SEEDS=100000 worlds of migrations in which hosts, agents, disks and netw
 
 fuzz: ## hostile guests against every virtio device, SECONDS=600 each
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver
+
+soak: ## real kills for hours: each harm at each fail point, then N=300 at random times with a release build (SEED=n, STAND_MS=30000) (root)
+	@packaging/setup.sh demo
+	$(CARGO) build --release -p limosa
+	$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_every_harm_at_every_point
+	LIMOSA_BIN=$(CURDIR)/target/release/limosa N=$(or $(N),300) $(if $(SEED),SEED=$(SEED)) $(if $(STAND_MS),STAND_MS=$(STAND_MS)) \
+		$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_at_random_times
 
 tidy: ## the rules of the house alone (tests/tidy.rs)
 	$(CARGO) test --quiet -p rig --test tidy

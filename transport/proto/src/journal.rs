@@ -76,8 +76,9 @@ pub enum JournalError {
     Locked(String),
     /// Damage that is no torn tail.
     #[error(
-        "journal {file} is damaged at byte {offset} ({words}) and goes on after that; it is not safe to guess whom a guest \
-         belongs to: restore the file, or remove it when no guest of this host was being migrated"
+        "journal {file} cannot be read from byte {offset} on ({words}) and goes on after that; it is not safe to guess whom a \
+         guest belongs to: restore the file, run the version that wrote it, or remove it when no guest of this host was being \
+         migrated"
     )]
     Damaged {
         /// The journal's file.
@@ -381,7 +382,9 @@ fn parse_body(body: &str, first: bool) -> Result<Option<JournalRecord>, String> 
     if first {
         let head: Head = serde_json::from_str(body).map_err(|e| e.to_string())?;
         let good = head.limosa_journal == FORMAT;
-        return if good { Ok(None) } else { Err(format!("format {} is not known here", head.limosa_journal)) };
+        let other =
+            || format!("its format is {}, this agent knows {FORMAT}: it was written by another version", head.limosa_journal);
+        return if good { Ok(None) } else { Err(other()) };
     }
     let line: Line = serde_json::from_str(body).map_err(|e| e.to_string())?;
     line.into_record().map(Some)

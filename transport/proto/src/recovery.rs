@@ -240,6 +240,17 @@ pub fn plugged_in(records: &[JournalRecord], state: Plugged) -> PluggedIn {
     }
 }
 
+/// What is to be noted when a VMM has ended in which the guest surely never ran and to which it was not committed; `records`
+/// are those of its guest, oldest first. The latest attempt decides: where its word is awaited, the guest is given up, so that a
+/// source that has released it gets it back whole. Where it may have run, nothing here can say so.
+#[must_use]
+pub fn vmm_ended_unrun(records: &[JournalRecord]) -> Option<(JournalRecord, Note)> {
+    let last = records.iter().max_by_key(|record| record.generation)?;
+    let open = commit::destination_verdict(records, last.migration, last.generation) == DestinationVerdict::Undecided;
+    let words = "its VMM ended before the guest ran here";
+    open.then(|| (last.clone(), note(JournalRecordKind::Discarded, words)))
+}
+
 /// A guest at this host, as the one who asks about it is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GuestHere {
@@ -448,6 +459,15 @@ mod tests {
         };
         assert_eq!(broken(Plugged::Loaded), Asked::Answer(VerdictAnswer::Pending));
         assert!(matches!(broken(Plugged::Running), Asked::TakeUp(_)));
+    }
+
+    #[test]
+    fn a_guest_whose_vmm_ended_before_it_ran_is_given_up() {
+        let ended = |kinds: &[_]| vmm_ended_unrun(&journal(kinds, 7)).map(|(of, note)| (of.generation.0, note.kind));
+        assert_eq!(ended(&[Ready]), Some((7, Discarded)));
+        for settled in [&[][..], &[Started], &[Started, Released], &[Ready, Running], &[Ready, Discarded]] {
+            assert_eq!(ended(settled), None, "{settled:?}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::process::memory_available;
 use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
 use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
@@ -167,6 +168,10 @@ fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
     if agent.is_stopping() {
         found.push(Reason { id: Code::Shutdown.id().into(), words: "the destination's agent is stopping".into() });
     }
+    if let Err(words) = agent.can_record() {
+        tracing::error!(words, "no guest is let in");
+        found.push(Reason { id: "journal".into(), words: fit(&format!("the destination: {words}"), WORDS_BYTES_MAX) });
+    }
     if !plain_name(&vm.name) {
         let words = fit(&format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name), WORDS_BYTES_MAX);
         found.push(Reason { id: "name".into(), words });
@@ -216,6 +221,15 @@ struct Receiving {
     reaching: Option<mpsc::Receiver<Reached>>,
 }
 
+/// The points before and after a destination's record is durable.
+fn points(kind: JournalRecordKind) -> [Point; 2] {
+    match kind {
+        JournalRecordKind::Running => [Point::DestinationRunningUnwritten, Point::DestinationRunningWritten],
+        JournalRecordKind::Discarded => [Point::DestinationDiscardedUnwritten, Point::DestinationDiscardedWritten],
+        _ => [Point::DestinationReadyUnwritten, Point::DestinationReadyWritten],
+    }
+}
+
 impl Receiving {
     fn vm(&self) -> Result<&Arc<Vm>, HostError> {
         self.vm.as_ref().map(Claim::vm).ok_or_else(|| HostError::new("no guest was let in"))
@@ -240,6 +254,7 @@ impl Drop for Receiving {
 
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
+        failpoints::pass(Some(Point::DestinationChecking));
         settle::await_its_vmm(&self.agent, vm.id);
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
@@ -253,6 +268,7 @@ impl DestinationHost for Receiving {
     }
 
     fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
+        failpoints::at(Point::DestinationPreparing)?;
         let guest = Arc::clone(self.vm()?);
         self.launched = true;
         let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
@@ -262,6 +278,7 @@ impl DestinationHost for Receiving {
         guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
+        failpoints::at(Point::DestinationLaunched)?;
         let mut description = vm.clone();
         // Looked at again: the VMM gets paths without links, and follows none in them.
         disks::put_paths(&self.agent.config.storage, &mut description).map_err(HostError::new)?;
@@ -274,22 +291,28 @@ impl DestinationHost for Receiving {
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(Point::DestinationPrepared)?;
         Ok(Arc::new(GuestPages(memory)))
     }
 
     fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
-        self.connection()?.load(&records).map(drop).map_err(host_error)
+        failpoints::at(Point::DestinationLoading)?;
+        self.connection()?.load(&records).map(drop).map_err(host_error)?;
+        failpoints::at(Point::DestinationLoaded)
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationResuming)?;
         resume(self.vm()?, Duration::ZERO)?;
         self.resumed = Instant::now();
-        Ok(())
+        failpoints::at(Point::DestinationResumed)
     }
 
     fn hold(&mut self) -> Result<(), HostError> {
         hold(self.vm()?, Duration::ZERO)?;
         let taken = self.connection()?.status().map_err(host_error)?.state == Plugged::Paused;
+        // Asked before the guest is loaded, it is only to be remembered.
+        self.vm()?.set_may_have_run(taken);
         if taken {
             self.vm()?.set_state(VmState::Held);
         }
@@ -297,6 +320,7 @@ impl DestinationHost for Receiving {
     }
 
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
+        failpoints::at(Point::DestinationAnnouncing)?;
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
@@ -310,7 +334,9 @@ impl DestinationHost for Receiving {
         self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
-        announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)
+        let told = announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)?;
+        failpoints::at(Point::DestinationAnnounced)?;
+        Ok(told)
     }
 
     fn reach(&mut self) -> Option<Reaching> {
@@ -319,6 +345,7 @@ impl DestinationHost for Receiving {
     }
 
     fn discard(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationDiscarding)?;
         self.announce_end.store(true, Ordering::Release);
         let Some(claim) = self.vm.take() else { return Ok(()) };
         let guest = claim.vm();
@@ -331,11 +358,14 @@ impl DestinationHost for Receiving {
         guest.end_within(DISCARD_MAX);
         self.agent.vms.remove(guest.id);
         settle::forget_process(&self.agent, guest.id);
-        Ok(())
+        failpoints::at(Point::DestinationDiscarded)
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        let [unwritten, written] = points(record.kind);
+        failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(written)?;
         if record.kind == JournalRecordKind::Running {
             settle::forget_process(&self.agent, record.vm);
         }

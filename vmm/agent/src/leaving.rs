@@ -13,6 +13,7 @@ use crate::pages::GuestPages;
 use crate::settle;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
+use limosa_link::failpoints::{self, Point};
 use limosa_link::{Cancel, LaneSettings, Link, run_source_over};
 use limosa_proto::event::{Course, Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
@@ -110,6 +111,7 @@ pub(crate) async fn carry_out(
     cancel: Cancel,
 ) {
     let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
+    failpoints::pass(Some(Point::SourceBegins));
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
     let kept = KeptFrames::default();
@@ -124,6 +126,9 @@ pub(crate) async fn carry_out(
     {
         ending.words = format!("{}; {words}", ending.words);
     }
+    if let Some((_, words)) = vm.decided() {
+        ending.words = words;
+    }
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
     match &outcome {
         SourceOutcome::Committed => settle::owe(&agent, migration, generation, Ended::Gone),
@@ -136,6 +141,7 @@ pub(crate) async fn carry_out(
             SourceOutcome::Committed => {
                 // The destination has announced the guest once by now, so they find the way.
                 send_on(&vm.name, &kept);
+                failpoints::pass(Some(Point::SourceEndsVmm));
                 let told = vm.connection().map(|connection| connection.release());
                 if let Some(Err(error)) = told {
                     tracing::debug!(vm = vm.name, %error, "the VMM did not take the order to end; it is ended");
@@ -151,6 +157,7 @@ pub(crate) async fn carry_out(
     };
     // A VMM that takes long to end must not hold up the threads that answer others.
     let _ = tokio::task::spawn_blocking(finish).await;
+    failpoints::pass(Some(Point::SourceEnds));
     agent.jobs.end(id, ending);
 }
 
@@ -327,6 +334,7 @@ async fn show(agent: Arc<Agent>, id: u64, mut seen: watch::Receiver<Progress>) {
 fn job_progress(progress: &Progress) -> JobProgress {
     JobProgress {
         phase: progress.state.to_string(),
+        committing: progress.state.is_committing(),
         round: progress.round,
         bytes_remaining: progress.pages_remaining.saturating_mul(PAGE_BYTES),
         memory_bytes: progress.memory_bytes,

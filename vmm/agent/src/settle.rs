@@ -11,10 +11,11 @@ use crate::pausing::{take_up, tell};
 use crate::process::birth;
 use crate::vm::{Vm, VmState};
 use limosa_link::driver::VerdictError;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
-use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, SourceVerdict};
+use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
 use limosa_proto::journal::JournalError;
 use limosa_proto::recovery::{
@@ -37,6 +38,7 @@ fn deciding() -> MutexGuard<'static, ()> {
 
 /// Settles everything that the journal has left open. Called once, at the start, within the runtime.
 pub(crate) fn begin(agent: &Arc<Agent>) {
+    failpoints::pass(Some(Point::SourceRecoveryBegins));
     let unsettled = agent.journal().unsettled();
     for (migration, generation) in unsettled {
         let records = agent.journal().of(migration, generation);
@@ -76,23 +78,44 @@ fn note(agent: &Agent, of: &JournalRecord, what: Note) -> bool {
     agent.write(&what.of(of)).is_ok()
 }
 
+/// The destination's job of a decided attempt, where its engine has ended in doubt.
+fn close(agent: &Agent, of: &JournalRecord, what: Note) {
+    let (migration, generation) = (of.migration.to_string(), of.generation.0);
+    let state = if what.kind == JournalRecordKind::Running { JobState::Done } else { JobState::Aborted };
+    for job in agent.jobs.all() {
+        if job.state == JobState::InDoubt && job.migration == migration && job.generation == generation {
+            agent.jobs.end(job.id, ending(state, what.words));
+        }
+    }
+}
+
 /// Source: asks the destination again and again until it says whose the guest is.
 async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
     let mut wait = ASK_INTERVAL.0;
     loop {
+        let alone = agent.jobs.asking(job).lock_owned().await;
         let records = agent.journal().of(released.migration, released.generation);
-        if commit::source_verdict(&records, released.migration, released.generation) == SourceVerdict::GuestIsOurs {
+        match commit::source_verdict(&records, released.migration, released.generation) {
+            SourceVerdict::AskDestination => {}
+            // An operator has decided meanwhile.
+            _ if agent.jobs.get(job).is_none_or(|info| info.state.ended()) => return,
             // Its VMM has plugged in, and runs it.
-            return agent.jobs.end(job, ending(JobState::Aborted, "the guest runs on here"));
+            SourceVerdict::GuestIsOurs => return agent.jobs.end(job, ending(JobState::Aborted, "the guest runs on here")),
+            SourceVerdict::Gone | SourceVerdict::NoRecord => {}
         }
-        let words = match given_up_and_asked(&agent, &released).await.map(recovery::answered) {
+        failpoints::pass(Some(Point::SourceRecoveryAsks));
+        let answer = given_up_and_asked(&agent, &released).await;
+        failpoints::pass(answer.is_ok().then_some(Point::SourceRecoveryHears));
+        let words = match answer.map(recovery::answered) {
             Ok(Answered::Gone(settled)) => {
                 let here = is_here(&agent, &released);
                 if !note(&agent, &released, settled) {
                     // Asked again: a VMM that plugs in meanwhile finds no word on its guest.
+                    drop(alone);
                     tokio::time::sleep(wait).await;
                     continue;
                 }
+                failpoints::pass(Some(Point::SourceRecoveryWritten));
                 if here {
                     let (gone, vm) = (Arc::clone(&agent), released.vm);
                     let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
@@ -103,6 +126,7 @@ async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
                 let here = is_here(&agent, &released);
                 if !note(&agent, &released, settled) {
                     if agent.vms.with_id(released.vm).is_none() {
+                        drop(alone);
                         tokio::time::sleep(wait).await;
                         continue;
                     }
@@ -121,6 +145,7 @@ async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
             Err(words) => words,
         };
         agent.jobs.update(job, |info| info.words = words);
+        drop(alone);
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(ASK_INTERVAL.1);
     }
@@ -134,7 +159,7 @@ fn is_here(agent: &Agent, attempt: &JournalRecord) -> bool {
 
 /// To ask is as good as Commit, so what only one host may hold is given up first; a VMM that is not plugged in has either
 /// ended, and holds nothing, or is asked to when it comes back.
-async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRecord) -> Result<VerdictAnswer, String> {
+pub(crate) async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRecord) -> Result<VerdictAnswer, String> {
     if let Some(vm) = agent.vms.with_id(released.vm).filter(|vm| vm.connection().is_some()) {
         let given = tokio::task::spawn_blocking(move || give_up_disks(&vm)).await;
         let given = given.map_err(|e| e.to_string())?;
@@ -193,8 +218,24 @@ fn give_back(agent: &Agent, id: VmId) -> String {
     }
 }
 
+/// An operator has decided about a guest that no driver carries; `record` is his decision, and durable. Blocking.
+pub(crate) fn decided(agent: &Agent, job: u64, record: &JournalRecord, here: bool) {
+    let _one = deciding();
+    let words = if here { give_back(agent, record.vm) } else { "the guest is not this host's".to_owned() };
+    if !here {
+        end_vm(agent, record.vm, record.kind == JournalRecordKind::Running);
+    } else if let Some(vm) = agent.vms.with_id(record.vm).filter(|_| record.kind == JournalRecordKind::Running) {
+        // It came here, and nobody was told.
+        tell(agent, &vm);
+    }
+    forget_process(agent, record.vm);
+    let state = if record.kind == JournalRecordKind::Running { JobState::Done } else { JobState::Aborted };
+    agent.jobs.end(job, ending(state, &format!("{}; {words}", record.words)));
+}
+
 /// A VMM that nobody expected has plugged in: what is to be done with its guest?
 pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
+    failpoints::pass(Some(Point::DestinationRecoveryPluggedIn));
     let one = deciding();
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
     let found = recovery::plugged_in(&records, says(state));
@@ -213,6 +254,22 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
                 tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
             }
         }
+    }
+}
+
+/// A VMM that nobody uses has ended. Where the guest surely never ran in it, a source that has released it gets it back.
+pub(crate) fn vmm_ended(agent: &Agent, vm: &Vm) {
+    let _one = deciding();
+    if vm.may_have_run() {
+        return;
+    }
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
+    if let Some((of, given_up)) = recovery::vmm_ended_unrun(&records)
+        && note(agent, &of, given_up)
+    {
+        tracing::warn!(vm = vm.name, "the VMM ended before the guest ran here: the guest is given up");
+        close(agent, &of, given_up);
+        forget_process(agent, vm.id);
     }
 }
 
@@ -325,11 +382,13 @@ pub(crate) fn verdict(
     generation: Generation,
     released: bool,
 ) -> VerdictAnswer {
+    failpoints::pass(Some(Point::DestinationRecoveryAsked));
     let _one = deciding();
     let mut records = agent.journal().of(migration, generation);
     records.retain(|record| record.peer == peer);
     let ready = records.last();
-    let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm));
+    // One that has ended says nothing; `vmm_ended` does.
+    let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm)).filter(|vm| vm.is_claimed() || !vm.has_ended());
     let here = |vm: &Arc<Vm>| {
         let claimed = vm.is_claimed();
         GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
@@ -342,15 +401,24 @@ pub(crate) fn verdict(
         asked = recovery::asked_while_broken(asked, guest);
     }
     match (asked, ready, &vm) {
-        (Asked::Answer(answer), _, _) => answer,
+        (Asked::Answer(answer), _, _) => {
+            if answer == VerdictAnswer::Unknown {
+                let (peer, generation) = (agent.hosts.shown(peer), generation.0);
+                tracing::warn!(peer, %migration, generation, "asked for a verdict on an attempt of which nothing is known with it");
+            }
+            answer
+        }
         (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
             if let Err(error) = take_up(vm, REPLUG_MAX) {
                 tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
                 return VerdictAnswer::Pending;
             }
+            failpoints::pass(Some(Point::DestinationRecoveryTookUp));
             if !note(agent, ready, taken) {
                 owe(agent, migration, generation, Ended::Came);
             }
+            failpoints::pass(Some(Point::DestinationRecoveryWritten));
+            close(agent, ready, taken);
             if vm.state() == VmState::Running {
                 tell(agent, vm);
             }
@@ -358,6 +426,7 @@ pub(crate) fn verdict(
         }
         (Asked::Discard(given_up), Some(ready), _) if note(agent, ready, given_up) => {
             end_vm(agent, ready.vm, false);
+            close(agent, ready, given_up);
             VerdictAnswer::Discarded
         }
         _ => VerdictAnswer::Pending,
@@ -366,6 +435,7 @@ pub(crate) fn verdict(
 
 /// Destination: waits for the source's word on a guest that was ready when the agent ended; then gives it up for good.
 fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
+    failpoints::pass(Some(Point::DestinationRecoveryWaits));
     let until = Instant::now() + agent.config.migration.ready_max.max(REPLUG_MAX);
     loop {
         std::thread::sleep(Duration::from_millis(100));
@@ -374,6 +444,7 @@ fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
         }
         let records = agent.journal().of(ready.migration, ready.generation);
         match commit::destination_verdict(&records, ready.migration, ready.generation) {
+            _ if agent.jobs.get(job).is_none_or(|info| info.state.ended()) => return,
             DestinationVerdict::Running => return agent.jobs.end(job, ending(JobState::Done, "the guest runs here")),
             DestinationVerdict::Discarded => {
                 return agent.jobs.end(job, ending(JobState::Aborted, "the guest was given up here"));
@@ -402,7 +473,9 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
         OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => agent.jobs.update(job, |info| info.words = words.into()),
         OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
         OutOfPatience::Discard(given_up) => {
+            failpoints::pass(Some(Point::DestinationRecoveryGivesUp));
             if note(agent, ready, given_up) {
+                failpoints::pass(Some(Point::DestinationRecoveryGivenUp));
                 end_vm(agent, ready.vm, false);
                 forget_process(agent, ready.vm);
             }
@@ -428,7 +501,7 @@ pub(crate) fn forget_process(agent: &Agent, vm: VmId) {
     let _ = std::fs::remove_file(process_file(agent, vm));
 }
 
-fn process_lives(agent: &Agent, vm: VmId) -> bool {
+pub(crate) fn process_lives(agent: &Agent, vm: VmId) -> bool {
     let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
     let mut fields = text.split_whitespace().map(str::parse::<u64>);
     let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return false };
