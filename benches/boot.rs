@@ -1,5 +1,6 @@
 //! How long Debian's kernels take from the start of the VMM to the first program of their own, in our VMM and in QEMU's microvm: in the
-//! lab, where KVM is real and everything is emulated, by turns in one run. Figures compare only with each other.
+//! lab, where KVM is real and everything is emulated, by turns in one run. Both have transparent huge pages: QEMU's memory gets them by
+//! itself there, ours where it is set. Figures compare only with each other.
 //!
 //! `cargo bench -p rig --bench boot -- [--runs 3]` as root, on an otherwise idle machine, after `cargo build --release -p limosa`.
 #![allow(clippy::print_stdout, reason = "a benchmark prints")]
@@ -69,10 +70,11 @@ fn main() -> Result<()> {
     let debians: Vec<_> = debians.into_iter().collect::<Result<_>>()?;
     let machines = Machines::boot(&Spec { limit_seconds: 3600, ..Spec::new()? })?;
     let alpha = machines.alpha();
+    alpha.shell(rig::linux::HUGE_PAGES_FOR_MEMFDS, LIMIT)?;
     println!("{:28} {:>10} {:>14} {:>7}   samples in s", "kernel", "limosa, s", "microvm, s", "ratio");
     for (debian, images) in &debians {
         for kernel in [KernelFile::Pvh, KernelFile::BzImage] {
-            let guest = LinuxGuest::new("boot", 1).debian(*debian).kernel(kernel);
+            let guest = LinuxGuest::new("boot", 1).debian(*debian).kernel(kernel).setting("thp = true");
             let guest = LinuxGuest { network: String::new(), words: Vec::new(), ..guest };
             let commands = [ours(alpha, &guest, images)?, microvm(&guest, images)];
             let mut samples = [Vec::new(), Vec::new()];
