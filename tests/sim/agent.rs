@@ -4,7 +4,7 @@
 use crate::checker::Mutant;
 use crate::faults::Step;
 use crate::guest::{VM, description};
-use crate::host::{is_infallible, step_and_task};
+use crate::host::{is_infallible, shown, step_and_task};
 use crate::link::{Key, Owner};
 use crate::world::{Begun, Engine, EntryState, Item, Operation, Outcome, Owed, Session, Told, World, host_id};
 use limosa_proto::commit::JournalRecord;
@@ -222,8 +222,14 @@ impl World {
         }
     }
 
+    /// Words for the trace, if there is one.
+    fn traced_words(&self, operation: impl FnOnce() -> Operation) -> String {
+        if self.traced { shown(&operation()) } else { String::new() }
+    }
+
     fn apply_source(&mut self, host: usize, number: u64, action: SourceAction) {
-        self.log(|| format!("host {host} source {action:?}"));
+        let words = self.traced_words(|| Operation::Source(action.clone()));
+        self.log(|| format!("host {host} source {words}"));
         match action {
             SourceAction::Send(message) => self.send(host, number, message),
             SourceAction::CloseLink => self.close_link(host, number),
@@ -236,7 +242,8 @@ impl World {
     }
 
     fn apply_destination(&mut self, host: usize, number: u64, action: DestinationAction) {
-        self.log(|| format!("host {host} destination {action:?}"));
+        let words = self.traced_words(|| Operation::Destination(action.clone()));
+        self.log(|| format!("host {host} destination {words}"));
         match action {
             DestinationAction::Send(message) => self.send(host, number, message),
             DestinationAction::CloseLink => self.close_link(host, number),

@@ -19,6 +19,37 @@ pub(crate) enum Answer {
     Taken,
 }
 
+/// An action in few words, for the trace.
+pub(crate) fn shown(operation: &Operation) -> String {
+    use limosa_proto::wire::message::Message;
+    let say = |message: &Message| match message {
+        Message::VerdictAsk { .. } | Message::Verdict(_) | Message::RoundDone { .. } | Message::RecordsEnd { .. } => {
+            format!("says {message:?}")
+        }
+        Message::Abort { words, .. } => format!("says Abort: {words}"),
+        message => format!("says {}", message.name()),
+    };
+    let write = |record: &JournalRecord| format!("writes {:?}", record.kind);
+    match operation {
+        Operation::Source(action) => match action {
+            SourceAction::Send(message) => say(message),
+            SourceAction::Journal(record) => write(record),
+            SourceAction::OpenLanes { lanes, .. } => format!("opens {lanes} lanes"),
+            SourceAction::SendPages { round, pages, last } => {
+                format!("sends round {round}, {} pages, last {last}", pages.count())
+            }
+            action => format!("{action:?}"),
+        },
+        Operation::Destination(action) => match action {
+            DestinationAction::Send(message) => say(message),
+            DestinationAction::Journal(record) => write(record),
+            DestinationAction::Check(_) => "checks".to_owned(),
+            DestinationAction::Load { paused, .. } => format!("loads the state, paused {paused}"),
+            action => format!("{action:?}"),
+        },
+    }
+}
+
 /// What an operation is called, as a fault point and as a task.
 pub(crate) fn step_and_task(operation: &Operation) -> (Step, HostTask) {
     use JournalRecordKind as K;

@@ -5,6 +5,7 @@ use crate::agent::of_guest;
 use crate::checker::Mutant;
 use crate::faults::Step;
 use crate::guest::VM;
+use crate::host::shown;
 use crate::link::{Key, Owner};
 use crate::world::{Agent, Asking, Engine, Entry, EntryState, Item, Operation, Owed, Told, Waiting, World, host_id};
 use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
@@ -224,7 +225,7 @@ impl World {
             if !self.random.percent(50) {
                 continue;
             }
-            self.log(|| format!("host {host}: what it was doing is done, or half: {operation:?}"));
+            self.log(|| format!("host {host}: what it was doing is done, or half: {}", shown(&operation)));
             match record {
                 Some(record) => {
                     let head = journal::emit(&[]).len();

@@ -289,7 +289,7 @@ pub(crate) struct World {
     plan: Vec<Planned>,
     strikes: Vec<(Fault, usize, usize)>,
     wanted: u64,
-    traced: bool,
+    pub(crate) traced: bool,
 }
 
 pub(crate) fn host_id(host: usize) -> HostId {
