@@ -9,7 +9,7 @@ use crate::wire::limits::{WORDS_BYTES_MAX, fit};
 use crate::wire::message::{Message, Refusal, VerdictAnswer};
 
 /// Given up; the guest is being resumed if it was stopped, and the journal written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Aborting {
     outcome: SourceOutcome,
     resuming: bool,
@@ -18,7 +18,7 @@ pub(super) struct Aborting {
 }
 
 /// Released, and nobody answers.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Doubt {
     released: bool,
     words: String,
@@ -26,7 +26,7 @@ pub(super) struct Doubt {
 }
 
 /// The destination has discarded: `aborted` is written, then the guest resumed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct GivingBack {
     words: String,
     resuming: bool,
@@ -34,7 +34,7 @@ pub(super) struct GivingBack {
 }
 
 /// The guest runs there.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Committed {
     writing: bool,
     listening: bool,
