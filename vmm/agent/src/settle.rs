@@ -1,8 +1,7 @@
 //! What a restart, or a lost link, has left open: whom does each guest belong to? Answered from the journal, from
 //! what the VMMs say when they plug in anew, and by asking the other host.
 //!
-//! The rules are `limosa_proto::commit`'s. A guest is never resumed here on a guess: only where this host never
-//! released it, or where the destination has durably given it up.
+//! What is to be done is decided by `limosa_proto::recovery`; here it is carried out.
 
 use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
@@ -15,17 +14,16 @@ use limosa_link::driver::VerdictError;
 use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
-use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
+use limosa_proto::commit::{self, DestinationVerdict, JournalRecord};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
+use limosa_proto::recovery::{
+    self, ASK_INTERVAL, Answered, Asked, AtStart, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX,
+};
 use limosa_proto::wire::message::VerdictAnswer;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// First and longest wait between two questions to a destination.
-const ASK_INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How long a VMM may take to plug in after a restart of the agent, before it is looked for.
-const REPLUG_MAX: Duration = Duration::from_secs(5);
 /// How long a VMM may take to end.
 const END_MAX: Duration = Duration::from_secs(2);
 
@@ -42,22 +40,18 @@ pub(crate) fn begin(agent: &Arc<Agent>) {
     for (migration, generation) in unsettled {
         let records = agent.journal().of(migration, generation);
         let Some(last) = records.last().cloned() else { continue };
-        match commit::source_verdict(&records, migration, generation) {
-            SourceVerdict::GuestIsOurs => {
-                let words = "the agent was restarted before the commit; the guest stays here";
-                note(agent, &last, JournalRecordKind::Aborted, words);
-            }
-            SourceVerdict::AskDestination => {
+        match recovery::at_start(&records, migration, generation) {
+            AtStart::Settle(settled) => drop(note(agent, &last, settled)),
+            AtStart::Ask => {
                 let job = doubtful_job(agent, &last, Direction::Outgoing);
                 tokio::spawn(ask(Arc::clone(agent), job, last));
             }
-            SourceVerdict::Gone | SourceVerdict::NoRecord => {
-                if commit::destination_verdict(&records, migration, generation) == DestinationVerdict::Undecided {
-                    let job = doubtful_job(agent, &last, Direction::Incoming);
-                    let agent = Arc::clone(agent);
-                    tokio::task::spawn_blocking(move || wait_for_word(&agent, job, &last));
-                }
+            AtStart::Wait => {
+                let job = doubtful_job(agent, &last, Direction::Incoming);
+                let agent = Arc::clone(agent);
+                tokio::task::spawn_blocking(move || wait_for_word(&agent, job, &last));
             }
+            AtStart::Nothing => {}
         }
     }
 }
@@ -84,30 +78,29 @@ fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> 
     id
 }
 
-fn note(agent: &Agent, of: &JournalRecord, kind: JournalRecordKind, words: &str) -> bool {
-    let record = JournalRecord { kind, words: words.into(), ..of.clone() };
-    agent.write(&record).is_ok()
+/// Writes `what` about the attempt of `of`; whether it is durable.
+fn note(agent: &Agent, of: &JournalRecord, what: Note) -> bool {
+    agent.write(&what.of(of)).is_ok()
 }
 
 /// Source: asks the destination again and again until it says whose the guest is.
 async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
     let mut wait = ASK_INTERVAL.0;
     loop {
-        let words = match given_up_and_asked(&agent, &released).await {
-            Ok(VerdictAnswer::Running) => {
-                note(&agent, &released, JournalRecordKind::Running, "the destination says so");
+        let words = match given_up_and_asked(&agent, &released).await.map(recovery::answered) {
+            Ok(Answered::Gone(settled)) => {
+                note(&agent, &released, settled);
                 let (gone, vm) = (Arc::clone(&agent), released.vm);
                 let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
                 return agent.jobs.end(job, ending(JobState::Done, "the guest runs at the destination"));
             }
-            Ok(VerdictAnswer::Discarded) => {
-                note(&agent, &released, JournalRecordKind::Aborted, "the destination has given it up");
+            Ok(Answered::GivenBack(settled)) => {
+                note(&agent, &released, settled);
                 let (back, vm) = (Arc::clone(&agent), released.vm);
                 let words = tokio::task::spawn_blocking(move || give_back(&back, vm)).await.unwrap_or_default();
                 return agent.jobs.end(job, ending(JobState::Aborted, &words));
             }
-            Ok(VerdictAnswer::Pending) => "the destination has not decided yet; it is asked again".to_string(),
-            Ok(_) => "the destination has no record of this migration, which proves nothing; it is asked again".to_string(),
+            Ok(Answered::Again(words)) => words.to_owned(),
             Err(words) => words,
         };
         agent.jobs.update(job, |info| info.words = words);
@@ -176,52 +169,40 @@ fn give_back(agent: &Agent, id: VmId) -> String {
 
 /// A VMM that nobody expected has plugged in: what is to be done with its guest?
 pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
+    let one = deciding();
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
-    let Some(last) = records.iter().max_by_key(|record| record.generation) else {
-        match state {
-            Plugged::Paused => own(vm),
-            // It came in, and `ready` was never written: the source has never heard of it and runs the guest.
-            Plugged::Loaded => end_vm(agent, vm.id, false),
-            _ => {}
-        }
-        return;
-    };
-    let (migration, generation) = (last.migration, last.generation);
-    let of_last = |record: &&JournalRecord| record.migration == migration && record.generation == generation;
-    let left = records.iter().filter(of_last).any(|r| matches!(r.kind, JournalRecordKind::Started | JournalRecordKind::Released));
-    if left {
-        match commit::source_verdict(&records, migration, generation) {
-            SourceVerdict::AskDestination => {
-                tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused");
-                // The destination may be waiting for its disks by now.
-                if let Err(error) = give_up_disks(vm) {
-                    tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
-                }
+    let found = recovery::plugged_in(&records, says(state));
+    if let Some((of, running)) = &found.note {
+        note(agent, of, *running);
+    }
+    match found.fate {
+        Fate::Left => {}
+        Fate::Own => own(vm),
+        Fate::End { ran } => end_vm(agent, vm.id, ran),
+        Fate::Doubt => {
+            // It may take long, and decides nothing.
+            drop(one);
+            tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused");
+            if let Err(error) = give_up_disks(vm) {
+                tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
             }
-            SourceVerdict::Gone => end_vm(agent, vm.id, true),
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Paused => own(vm),
-            // Its restore ended with the agent, and nothing of it was promised.
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Loaded => end_vm(agent, vm.id, false),
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord => {}
         }
-        return;
     }
-    let _one = deciding();
-    match (commit::destination_verdict(&records, migration, generation), state) {
-        (DestinationVerdict::Undecided, Plugged::Running) => {
-            note(agent, last, JournalRecordKind::Running, "its VMM runs it");
-        }
-        // Only a commit takes a guest out of the state in which it was loaded.
-        (DestinationVerdict::Undecided, Plugged::Paused) => {
-            note(agent, last, JournalRecordKind::Running, "its VMM has taken it");
-            own(vm);
-        }
-        (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
-            own(vm)
-        }
-        (DestinationVerdict::Discarded | DestinationVerdict::NoRecord, Plugged::Loaded) => end_vm(agent, vm.id, false),
-        _ => {}
+}
+
+/// What a VMM says, in the words of the rules.
+fn says(state: Plugged) -> Says {
+    match state {
+        Plugged::Running => Says::Running,
+        Plugged::Paused => Says::Paused,
+        Plugged::Loaded => Says::Loaded,
+        Plugged::Waiting | Plugged::Prepared => Says::Incoming,
     }
+}
+
+/// What the VMM says of itself now, if it can be asked.
+fn state_of(vm: &Vm) -> Option<Says> {
+    vm.connection().and_then(|connection| connection.status().ok()).map(|status| says(status.state))
 }
 
 /// A guest that stands still is this host's: it runs on, unless its operator holds it.
@@ -246,35 +227,32 @@ pub(crate) fn verdict(
     let _one = deciding();
     let mut records = agent.journal().of(migration, generation);
     records.retain(|record| record.peer == peer);
-    let answer = commit::answer(&records, migration, generation);
-    let (VerdictAnswer::Pending, Some(ready)) = (answer, records.last()) else { return answer };
-    let Some(vm) = agent.vms.with_id(ready.vm) else { return VerdictAnswer::Pending };
-    if vm.is_claimed() {
-        // Its driver has not ended yet and decides.
-        return VerdictAnswer::Pending;
-    }
-    if released || is_taken(&vm) {
-        if let Err(error) = take_up(&vm, REPLUG_MAX) {
-            tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
-            return VerdictAnswer::Pending;
+    let ready = records.last();
+    let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm));
+    let here = |vm: &Arc<Vm>| {
+        let claimed = vm.is_claimed();
+        GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
+    };
+    let asked = recovery::asked(&records, migration, generation, released, vm.as_ref().map(here));
+    match (asked, ready, &vm) {
+        (Asked::Answer(answer), _, _) => answer,
+        (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
+            if let Err(error) = take_up(vm, REPLUG_MAX) {
+                tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
+                return VerdictAnswer::Pending;
+            }
+            note(agent, ready, taken);
+            if vm.state() == VmState::Running {
+                tell(agent, vm);
+            }
+            VerdictAnswer::Running
         }
-        note(agent, ready, JournalRecordKind::Running, "the source in doubt released it");
-        if vm.state() == VmState::Running {
-            tell(agent, &vm);
+        (Asked::Discard(given_up), Some(ready), Some(vm)) if note(agent, ready, given_up) => {
+            end_vm(agent, vm.id, false);
+            VerdictAnswer::Discarded
         }
-        return VerdictAnswer::Running;
+        _ => VerdictAnswer::Pending,
     }
-    if note(agent, ready, JournalRecordKind::Discarded, "the source asked for it back") {
-        end_vm(agent, vm.id, false);
-        return VerdictAnswer::Discarded;
-    }
-    VerdictAnswer::Pending
-}
-
-/// Whether the guest was committed to this host: it runs, or is held.
-fn is_taken(vm: &Vm) -> bool {
-    let status = vm.connection().and_then(|connection| connection.status().ok());
-    status.is_some_and(|status| matches!(status.state, Plugged::Running | Plugged::Paused))
 }
 
 /// Destination: waits for the source's word on a guest that was ready when the agent ended; then gives it up for good.
@@ -303,25 +281,19 @@ fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
 fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
     let _one = deciding();
     let records = agent.journal().of(ready.migration, ready.generation);
-    if commit::destination_verdict(&records, ready.migration, ready.generation) != DestinationVerdict::Undecided {
-        return;
-    }
     let vm = agent.vms.with_id(ready.vm);
-    let plugged = vm.as_ref().and_then(|vm| vm.connection());
-    if plugged.is_none() && process_lives(agent, ready.vm) {
-        // It may have been resumed just before the agent ended; nobody may say that it was not.
-        agent.jobs.update(job, |info| {
-            info.words = "the guest's VMM lives and does not plug in; nothing is decided before it does".into()
-        });
-        return;
-    }
-    if vm.as_ref().is_some_and(|vm| is_taken(vm)) {
-        note(agent, ready, JournalRecordKind::Running, "its VMM has taken it");
-        return;
-    }
-    if note(agent, ready, JournalRecordKind::Discarded, "the source's word did not come in time") {
-        end_vm(agent, ready.vm, false);
-        forget_process(agent, ready.vm);
+    let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
+    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
+    match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives) {
+        OutOfPatience::Settled => {}
+        OutOfPatience::Wait(words) => agent.jobs.update(job, |info| info.words = words.into()),
+        OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
+        OutOfPatience::Discard(given_up) => {
+            if note(agent, ready, given_up) {
+                end_vm(agent, ready.vm, false);
+                forget_process(agent, ready.vm);
+            }
+        }
     }
 }
 

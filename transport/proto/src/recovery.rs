@@ -1,0 +1,356 @@
+//! What a host does about guests that no engine carries any more: after a restart of its agent, when a VMM plugs in anew, when
+//! a source asks. From what the journal says, what the VMM says, and what the other host answered, to what is to be done.
+//! It does nothing itself and waits for nothing: the agent does, and so does the simulation (`tests/sim`).
+//!
+//! A guest is never resumed on a guess: only where this host never released it, or where the destination has durably given
+//! it up, or where it was committed to this host.
+
+use crate::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
+use crate::identity::{Generation, MigrationId};
+use crate::wire::message::VerdictAnswer;
+use std::time::Duration;
+
+/// First and longest wait between two questions to a destination; each is twice as long as the one before.
+pub const ASK_INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How long a VMM may take to plug in after a restart of the agent, before it is looked for.
+pub const REPLUG_MAX: Duration = Duration::from_secs(5);
+
+/// What a VMM says of itself, as far as it matters whose its guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Plugged {
+    /// The guest runs.
+    Running,
+    /// It ran here, or was committed to this host, and stands still.
+    Paused,
+    /// It came in and was loaded, and has never run here.
+    Loaded,
+    /// It is coming in: nothing of it is whole.
+    Incoming,
+}
+
+impl Plugged {
+    /// Whether the guest was committed to this host, if it came here by the attempt in question.
+    #[must_use]
+    pub fn is_taken(self) -> bool {
+        matches!(self, Plugged::Running | Plugged::Paused)
+    }
+}
+
+/// A record to be written, of the attempt in question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Note {
+    /// What it says.
+    pub kind: JournalRecordKind,
+    /// Why.
+    pub words: &'static str,
+}
+
+impl Note {
+    /// The record, as one of the attempt and guest of `of`.
+    #[must_use]
+    pub fn of(self, of: &JournalRecord) -> JournalRecord {
+        JournalRecord { kind: self.kind, words: self.words.into(), ..of.clone() }
+    }
+}
+
+const fn note(kind: JournalRecordKind, words: &'static str) -> Note {
+    Note { kind, words }
+}
+
+/// What is to be done at the agent's start about one attempt that its journal has left open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AtStart {
+    /// It is settled by this record.
+    Settle(Note),
+    /// Source: the destination is asked until it answers; see [`answered`].
+    Ask,
+    /// Destination: the source's word is waited for; see [`asked`], and [`out_of_patience`] when it does not come.
+    Wait,
+    /// Nothing.
+    Nothing,
+}
+
+/// What is to be done at the agent's start about the attempt `(migration, generation)`.
+#[must_use]
+pub fn at_start(records: &[JournalRecord], migration: MigrationId, generation: Generation) -> AtStart {
+    match commit::source_verdict(records, migration, generation) {
+        SourceVerdict::GuestIsOurs => {
+            AtStart::Settle(note(JournalRecordKind::Aborted, "the agent was restarted before the commit; the guest stays here"))
+        }
+        SourceVerdict::AskDestination => AtStart::Ask,
+        SourceVerdict::Gone | SourceVerdict::NoRecord => match commit::destination_verdict(records, migration, generation) {
+            DestinationVerdict::Undecided => AtStart::Wait,
+            _ => AtStart::Nothing,
+        },
+    }
+}
+
+/// What a source in doubt does with the destination's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Answered {
+    /// The guest runs there: note it, end its VMM here.
+    Gone(Note),
+    /// The guest is this host's again: note it, let it run on.
+    GivenBack(Note),
+    /// Ask again, for this reason.
+    Again(&'static str),
+}
+
+/// What a source in doubt does with `answer`.
+#[must_use]
+pub fn answered(answer: VerdictAnswer) -> Answered {
+    match answer {
+        VerdictAnswer::Running => Answered::Gone(note(JournalRecordKind::Running, "the destination says so")),
+        VerdictAnswer::Discarded => Answered::GivenBack(note(JournalRecordKind::Aborted, "the destination has given it up")),
+        VerdictAnswer::Pending => Answered::Again("the destination has not decided yet; it is asked again"),
+        VerdictAnswer::Unknown => {
+            Answered::Again("the destination has no record of this migration, which proves nothing; it is asked again")
+        }
+    }
+}
+
+/// What becomes of the guest of a VMM that has plugged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fate {
+    /// It is left as it is.
+    Left,
+    /// It is this host's: it runs on, unless its operator holds it.
+    Own,
+    /// Its VMM ends. `ran`: the guest has run in it, and lives elsewhere now; else it never came.
+    End {
+        /// Whether the VMM is told to release its guest, or to discard it.
+        ran: bool,
+    },
+    /// It stands still until the destination has said whose it is, and gives up what only one host may hold: the destination
+    /// may be waiting for that.
+    Doubt,
+}
+
+/// What is to be done about a VMM that has plugged in and that nobody waited for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluggedIn {
+    /// What is written first, about the attempt of this record.
+    pub note: Option<(JournalRecord, Note)>,
+    /// What becomes of its guest.
+    pub fate: Fate,
+}
+
+/// What is to be done about a VMM that has plugged in in this state; `records` are those of its guest, oldest first. The
+/// latest attempt decides.
+#[must_use]
+pub fn plugged_in(records: &[JournalRecord], state: Plugged) -> PluggedIn {
+    let only = |fate| PluggedIn { note: None, fate };
+    let Some(last) = records.iter().max_by_key(|record| record.generation) else {
+        return only(match state {
+            Plugged::Paused => Fate::Own,
+            // It came in, and `ready` was never written: the source has never heard of it and runs the guest.
+            Plugged::Loaded => Fate::End { ran: false },
+            Plugged::Running | Plugged::Incoming => Fate::Left,
+        });
+    };
+    let (migration, generation) = (last.migration, last.generation);
+    let of_last = |record: &&JournalRecord| record.migration == migration && record.generation == generation;
+    let left = records.iter().filter(of_last).any(|r| matches!(r.kind, JournalRecordKind::Started | JournalRecordKind::Released));
+    if left {
+        return only(match (commit::source_verdict(records, migration, generation), state) {
+            (SourceVerdict::AskDestination, _) => Fate::Doubt,
+            (SourceVerdict::Gone, _) => Fate::End { ran: true },
+            (SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord, Plugged::Paused) => Fate::Own,
+            // Its restore ended with the agent, and nothing of it was promised.
+            (SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord, Plugged::Loaded) => Fate::End { ran: false },
+            (SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord, Plugged::Running | Plugged::Incoming) => Fate::Left,
+        });
+    }
+    let noted = |words, fate| PluggedIn { note: Some((last.clone(), note(JournalRecordKind::Running, words))), fate };
+    match (commit::destination_verdict(records, migration, generation), state) {
+        (DestinationVerdict::Undecided, Plugged::Running) => noted("its VMM runs it", Fate::Left),
+        // Only a commit takes a guest out of the state in which it was loaded.
+        (DestinationVerdict::Undecided, Plugged::Paused) => noted("its VMM has taken it", Fate::Own),
+        (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
+            only(Fate::Own)
+        }
+        (DestinationVerdict::Discarded | DestinationVerdict::NoRecord, Plugged::Loaded) => only(Fate::End { ran: false }),
+        _ => only(Fate::Left),
+    }
+}
+
+/// A guest at this host, as the one who asks about it is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GuestHere {
+    /// Whether something is under way with it: then that decides.
+    pub claimed: bool,
+    /// What its VMM says; `None`: it is not plugged in, or does not say.
+    pub plugged: Option<Plugged>,
+}
+
+/// What a destination does about a source's question that no engine answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Asked {
+    /// It says this.
+    Answer(VerdictAnswer),
+    /// It lets the guest run, or be held: if that succeeds it notes this and says that it runs, else that it is undecided.
+    TakeUp(Note),
+    /// It notes this: if that is durable the VMM ends, and it says that the guest was given up, else that it is undecided.
+    Discard(Note),
+}
+
+/// What a destination does about a question for `(migration, generation)`. `records` are those of the attempt with the host
+/// that asks; `released` is what it says; `guest` is the guest, if it is known here.
+#[must_use]
+pub fn asked(
+    records: &[JournalRecord],
+    migration: MigrationId,
+    generation: Generation,
+    released: bool,
+    guest: Option<GuestHere>,
+) -> Asked {
+    let answer = commit::answer(records, migration, generation);
+    let (VerdictAnswer::Pending, Some(guest)) = (answer, guest) else { return Asked::Answer(answer) };
+    if guest.claimed {
+        // Its driver has not ended yet and decides.
+        return Asked::Answer(VerdictAnswer::Pending);
+    }
+    if released || guest.plugged.is_some_and(Plugged::is_taken) {
+        return Asked::TakeUp(note(JournalRecordKind::Running, "the source in doubt released it"));
+    }
+    Asked::Discard(note(JournalRecordKind::Discarded, "the source asked for it back"))
+}
+
+/// What a destination does when the source's word on a guest that was ready has not come in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OutOfPatience {
+    /// It is settled already.
+    Settled,
+    /// Nothing is decided before its VMM plugs in.
+    Wait(&'static str),
+    /// The guest is this host's: note it.
+    Running(Note),
+    /// It is given up: note it, and if that is durable end its VMM.
+    Discard(Note),
+}
+
+/// What a destination does when the source's word on the attempt has not come in time. `plugged`: there is a connection to
+/// the VMM; `says`: and it tells its state; `lives`: its process lives.
+#[must_use]
+pub fn out_of_patience(
+    records: &[JournalRecord],
+    migration: MigrationId,
+    generation: Generation,
+    plugged: bool,
+    says: Option<Plugged>,
+    lives: bool,
+) -> OutOfPatience {
+    if commit::destination_verdict(records, migration, generation) != DestinationVerdict::Undecided {
+        return OutOfPatience::Settled;
+    }
+    if !plugged && lives {
+        // It may have been resumed just before the agent ended; nobody may say that it was not.
+        return OutOfPatience::Wait("the guest's VMM lives and does not plug in; nothing is decided before it does");
+    }
+    if says.is_some_and(Plugged::is_taken) {
+        return OutOfPatience::Running(note(JournalRecordKind::Running, "its VMM has taken it"));
+    }
+    OutOfPatience::Discard(note(JournalRecordKind::Discarded, "the source's word did not come in time"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{HostId, VmId};
+    use JournalRecordKind::{Aborted, Discarded, Ready, Released, Running, Started};
+
+    const MIGRATION: MigrationId = MigrationId([1; 16]);
+
+    fn journal(kinds: &[JournalRecordKind], generation: u64) -> Vec<JournalRecord> {
+        let record = |kind: &JournalRecordKind| JournalRecord {
+            kind: *kind,
+            migration: MIGRATION,
+            generation: Generation(generation),
+            vm: VmId([2; 16]),
+            peer: HostId([3; 32]),
+            words: String::new(),
+        };
+        kinds.iter().map(record).collect()
+    }
+
+    #[test]
+    fn a_start_settles_what_was_never_released_and_asks_about_the_rest() {
+        let start = |kinds: &[_]| at_start(&journal(kinds, 7), MIGRATION, Generation(7));
+        assert!(matches!(start(&[Started]), AtStart::Settle(Note { kind: Aborted, .. })));
+        assert_eq!(start(&[Started, Released]), AtStart::Ask);
+        assert_eq!(start(&[Ready]), AtStart::Wait);
+        for settled in [&[][..], &[Started, Released, Running], &[Ready, Running], &[Ready, Discarded]] {
+            assert_eq!(start(settled), AtStart::Nothing, "{settled:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_durable_discard_gives_a_guest_back() {
+        assert!(matches!(answered(VerdictAnswer::Discarded), Answered::GivenBack(Note { kind: Aborted, .. })));
+        assert!(matches!(answered(VerdictAnswer::Running), Answered::Gone(Note { kind: Running, .. })));
+        for proves_nothing in [VerdictAnswer::Pending, VerdictAnswer::Unknown] {
+            assert!(matches!(answered(proves_nothing), Answered::Again(_)), "{proves_nothing:?}");
+        }
+    }
+
+    /// The whole table: what the latest attempt says, and what becomes of a guest in each state.
+    #[test]
+    fn the_fate_of_a_vmm_that_plugs_in() {
+        let fates = |kinds: &[_]| {
+            let states = [Plugged::Running, Plugged::Paused, Plugged::Loaded, Plugged::Incoming];
+            states.map(|state| {
+                // An older attempt must not count.
+                let mut records = journal(&[Started, Released, Running], 6);
+                records.extend(journal(kinds, 7));
+                let records = if kinds.is_empty() { Vec::new() } else { records };
+                let PluggedIn { note, fate } = plugged_in(&records, state);
+                assert!(note.as_ref().is_none_or(|(of, note)| of.generation == Generation(7) && note.kind == Running));
+                let fate = match fate {
+                    Fate::Left => "left",
+                    Fate::Own => "own",
+                    Fate::End { ran: true } => "release",
+                    Fate::End { ran: false } => "discard",
+                    Fate::Doubt => "doubt",
+                };
+                if note.is_some() { format!("running, {fate}") } else { fate.to_owned() }
+            })
+        };
+        assert_eq!(fates(&[]), ["left", "own", "discard", "left"]);
+        assert_eq!(fates(&[Started]), ["left", "own", "discard", "left"]);
+        assert_eq!(fates(&[Started, Released]), ["doubt", "doubt", "doubt", "doubt"]);
+        assert_eq!(fates(&[Started, Released, Running]), ["release", "release", "release", "release"]);
+        assert_eq!(fates(&[Started, Released, Aborted]), ["left", "own", "discard", "left"]);
+        assert_eq!(fates(&[Ready]), ["running, left", "running, own", "left", "left"]);
+        assert_eq!(fates(&[Ready, Running]), ["left", "own", "own", "left"]);
+        assert_eq!(fates(&[Ready, Discarded]), ["left", "left", "discard", "left"]);
+    }
+
+    #[test]
+    fn a_question_is_answered_by_the_journal_and_decides_what_is_open() {
+        let here = |claimed, plugged| Some(GuestHere { claimed, plugged });
+        let asked = |kinds: &[_], released, guest| asked(&journal(kinds, 7), MIGRATION, Generation(7), released, guest);
+        let loaded = here(false, Some(Plugged::Loaded));
+        assert_eq!(asked(&[], true, loaded), Asked::Answer(VerdictAnswer::Unknown));
+        assert_eq!(asked(&[Ready, Running], false, loaded), Asked::Answer(VerdictAnswer::Running));
+        assert_eq!(asked(&[Ready, Discarded], true, loaded), Asked::Answer(VerdictAnswer::Discarded));
+        assert_eq!(asked(&[Ready], true, None), Asked::Answer(VerdictAnswer::Pending));
+        assert_eq!(asked(&[Ready], true, here(true, Some(Plugged::Loaded))), Asked::Answer(VerdictAnswer::Pending));
+        assert!(matches!(asked(&[Ready], true, loaded), Asked::TakeUp(Note { kind: Running, .. })));
+        assert!(matches!(asked(&[Ready], false, loaded), Asked::Discard(Note { kind: Discarded, .. })));
+        for taken in [Plugged::Running, Plugged::Paused] {
+            assert!(matches!(asked(&[Ready], false, here(false, Some(taken))), Asked::TakeUp(_)), "a guest that ran stays");
+        }
+    }
+
+    #[test]
+    fn what_may_run_is_not_given_up() {
+        let late = |kinds: &[_], plugged, says, lives| {
+            out_of_patience(&journal(kinds, 7), MIGRATION, Generation(7), plugged, says, lives)
+        };
+        assert_eq!(late(&[Ready, Running], false, None, false), OutOfPatience::Settled);
+        assert!(matches!(late(&[Ready], false, None, true), OutOfPatience::Wait(_)));
+        assert!(matches!(late(&[Ready], true, Some(Plugged::Running), true), OutOfPatience::Running(_)));
+        assert!(matches!(late(&[Ready], true, Some(Plugged::Loaded), true), OutOfPatience::Discard(_)));
+        assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::Discard(_)));
+    }
+}
