@@ -519,8 +519,10 @@ pub enum DestinationOutcome {
         /// Who gave up.
         by: Side,
         /// Whether the journal says so durably. Before `ready` that is not needed; after it, false means that the
-        /// journal could not be written and the agent has to write it before it answers anyone.
+        /// journal could not be written.
         durable: bool,
+        /// Whether the VMM is left as it is, because `ready` may be durable and this is not: the agent has to decide again.
+        left: bool,
     },
     /// Committed, and the VMM could not be brought to run the guest. It is on no host until someone acts.
     Stuck {

@@ -225,6 +225,12 @@ impl<D: Disk> Journal<D> {
         Ok(())
     }
 
+    /// Whether an earlier write failed and could not be taken back: nothing is written any more.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// What it lies on.
     #[must_use]
     pub fn disk(&self) -> &D {

@@ -7,6 +7,7 @@
 
 use crate::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use crate::identity::{Generation, MigrationId};
+use crate::source::ending::MAY_HAVE_RUN;
 use crate::wire::message::VerdictAnswer;
 use std::time::Duration;
 
@@ -14,6 +15,11 @@ use std::time::Duration;
 pub const ASK_INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// How long a VMM may take to plug in after a restart of the agent, before it is looked for.
 pub const REPLUG_MAX: Duration = Duration::from_secs(5);
+/// How long a VMM that lives takes at most until it has plugged in at an agent that has started: its longest pause between two
+/// attempts, and a little.
+pub const PLUG_IN_MAX: Duration = Duration::from_millis(1500);
+/// Between two tries of what must not be given up: a record that is owed, a guest that is to run on.
+pub const RETRY: Duration = Duration::from_secs(1);
 
 /// What a VMM says of itself, as far as it matters whose its guest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,7 +112,63 @@ pub fn answered(answer: VerdictAnswer) -> Answered {
         VerdictAnswer::Unknown => {
             Answered::Again("the destination has no record of this migration, which proves nothing; it is asked again")
         }
+        VerdictAnswer::MayHaveRun => Answered::Again(MAY_HAVE_RUN),
     }
+}
+
+/// Whether the attempt of `of` is the latest of its guest here; `records` are those of the guest. What is heard of an older one
+/// says nothing of a VMM that is here now.
+#[must_use]
+pub fn is_latest(records: &[JournalRecord], of: &JournalRecord) -> bool {
+    !records.iter().any(|record| record.vm == of.vm && record.generation > of.generation)
+}
+
+/// How an engine ended, as far as its attempt has to be settled in the journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ended {
+    /// Source: the guest runs at the destination.
+    Gone,
+    /// Source: the guest stays.
+    Stayed,
+    /// Destination: the guest runs here.
+    Came,
+}
+
+/// The record that is still owed when an engine has ended that could not write it; `records` are those of its attempt. It is
+/// tried until it is durable: an attempt that stays open would be asked about after a restart, when the guest may have moved on.
+#[must_use]
+pub fn owed(records: &[JournalRecord], ended: Ended) -> Option<Note> {
+    let settled = |record: &JournalRecord| {
+        matches!(record.kind, JournalRecordKind::Running | JournalRecordKind::Discarded | JournalRecordKind::Aborted)
+    };
+    if records.is_empty() || records.iter().any(settled) {
+        return None;
+    }
+    let words = "written late: the journal could not be written when it happened";
+    Some(match ended {
+        Ended::Gone | Ended::Came => note(JournalRecordKind::Running, words),
+        Ended::Stayed => note(JournalRecordKind::Aborted, words),
+    })
+}
+
+/// What is to be noted before a guest leaves this host: that it came. Else a source that is still in doubt about the attempt by
+/// which it came would find no VMM here any more, and nobody who knows. `records` are those of the guest.
+#[must_use]
+pub fn before_it_leaves(records: &[JournalRecord]) -> Vec<(JournalRecord, Note)> {
+    let ready = records.iter().filter(|record| record.kind == JournalRecordKind::Ready);
+    let open = ready.filter(|record| {
+        commit::destination_verdict(records, record.migration, record.generation) == DestinationVerdict::Undecided
+            && is_latest(records, record)
+    });
+    open.map(|record| (record.clone(), note(JournalRecordKind::Running, "it came by this attempt, and leaves now"))).collect()
+}
+
+/// How long an agent that started `since_start` ago still waits before it lets a guest in that is not here and was: by its
+/// `records`, or by a process that was noted for it and `lives`. Its VMM may not have plugged in yet.
+#[must_use]
+pub fn wait_before_admitting(records: &[JournalRecord], lives: bool, since_start: Duration) -> Duration {
+    let was_here = lives || !records.is_empty();
+    if was_here { PLUG_IN_MAX.saturating_sub(since_start) } else { Duration::ZERO }
 }
 
 /// What becomes of the guest of a VMM that has plugged in.
@@ -151,8 +213,13 @@ pub fn plugged_in(records: &[JournalRecord], state: Plugged) -> PluggedIn {
     let (migration, generation) = (last.migration, last.generation);
     let of_last = |record: &&JournalRecord| record.migration == migration && record.generation == generation;
     let left = records.iter().filter(of_last).any(|r| matches!(r.kind, JournalRecordKind::Started | JournalRecordKind::Released));
+    let noted = |kind, words, fate| PluggedIn { note: Some((last.clone(), note(kind, words))), fate };
     if left {
         return only(match (commit::source_verdict(records, migration, generation), state) {
+            (SourceVerdict::AskDestination, Plugged::Running) => {
+                // It stood still when it was released: only the destination's word has let it run on.
+                return noted(JournalRecordKind::Aborted, "its VMM runs it: it was given back", Fate::Left);
+            }
             (SourceVerdict::AskDestination, _) => Fate::Doubt,
             (SourceVerdict::Gone, _) => Fate::End { ran: true },
             (SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord, Plugged::Paused) => Fate::Own,
@@ -161,11 +228,10 @@ pub fn plugged_in(records: &[JournalRecord], state: Plugged) -> PluggedIn {
             (SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord, Plugged::Running | Plugged::Incoming) => Fate::Left,
         });
     }
-    let noted = |words, fate| PluggedIn { note: Some((last.clone(), note(JournalRecordKind::Running, words))), fate };
     match (commit::destination_verdict(records, migration, generation), state) {
-        (DestinationVerdict::Undecided, Plugged::Running) => noted("its VMM runs it", Fate::Left),
+        (DestinationVerdict::Undecided, Plugged::Running) => noted(JournalRecordKind::Running, "its VMM runs it", Fate::Left),
         // Only a commit takes a guest out of the state in which it was loaded.
-        (DestinationVerdict::Undecided, Plugged::Paused) => noted("its VMM has taken it", Fate::Own),
+        (DestinationVerdict::Undecided, Plugged::Paused) => noted(JournalRecordKind::Running, "its VMM has taken it", Fate::Own),
         (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
             only(Fate::Own)
         }
@@ -195,7 +261,8 @@ pub enum Asked {
 }
 
 /// What a destination does about a question for `(migration, generation)`. `records` are those of the attempt with the host
-/// that asks; `released` is what it says; `guest` is the guest, if it is known here.
+/// that asks; `released` is what it says; `guest` is the guest here, `None` if it has no VMM: none is plugged in, and the
+/// process that was made for it is gone.
 #[must_use]
 pub fn asked(
     records: &[JournalRecord],
@@ -205,7 +272,14 @@ pub fn asked(
     guest: Option<GuestHere>,
 ) -> Asked {
     let answer = commit::answer(records, migration, generation);
-    let (VerdictAnswer::Pending, Some(guest)) = (answer, guest) else { return Asked::Answer(answer) };
+    if answer != VerdictAnswer::Pending {
+        return Asked::Answer(answer);
+    }
+    let asked_back = note(JournalRecordKind::Discarded, "the source asked for it back");
+    let Some(guest) = guest else {
+        // A source that asks like this has not said Commit and never will, so the guest did not run here.
+        return if released { Asked::Answer(VerdictAnswer::MayHaveRun) } else { Asked::Discard(asked_back) };
+    };
     if guest.claimed {
         // Its driver has not ended yet and decides.
         return Asked::Answer(VerdictAnswer::Pending);
@@ -213,7 +287,7 @@ pub fn asked(
     if released || guest.plugged.is_some_and(Plugged::is_taken) {
         return Asked::TakeUp(note(JournalRecordKind::Running, "the source in doubt released it"));
     }
-    Asked::Discard(note(JournalRecordKind::Discarded, "the source asked for it back"))
+    Asked::Discard(asked_back)
 }
 
 /// What a destination does when the source's word on a guest that was ready has not come in time.
@@ -227,6 +301,8 @@ pub enum OutOfPatience {
     Running(Note),
     /// It is given up: note it, and if that is durable end its VMM.
     Discard(Note),
+    /// Its VMM is gone, and it may have run: nothing is noted, and nobody resumes it on a guess.
+    MayHaveRun(&'static str),
 }
 
 /// What a destination does when the source's word on the attempt has not come in time. `plugged`: there is a connection to
@@ -247,8 +323,17 @@ pub fn out_of_patience(
         // It may have been resumed just before the agent ended; nobody may say that it was not.
         return OutOfPatience::Wait("the guest's VMM lives and does not plug in; nothing is decided before it does");
     }
+    if plugged && says.is_none() {
+        // What it was told before it may still do.
+        return OutOfPatience::Wait("the guest's VMM does not answer; nothing is decided before it does");
+    }
     if says.is_some_and(Plugged::is_taken) {
         return OutOfPatience::Running(note(JournalRecordKind::Running, "its VMM has taken it"));
+    }
+    if !plugged {
+        return OutOfPatience::MayHaveRun(
+            "the guest was ready here and its VMM is gone; whether it ran nobody can say, so the source does not get it back by itself",
+        );
     }
     OutOfPatience::Discard(note(JournalRecordKind::Discarded, "the source's word did not come in time"))
 }
@@ -288,7 +373,7 @@ mod tests {
     fn only_a_durable_discard_gives_a_guest_back() {
         assert!(matches!(answered(VerdictAnswer::Discarded), Answered::GivenBack(Note { kind: Aborted, .. })));
         assert!(matches!(answered(VerdictAnswer::Running), Answered::Gone(Note { kind: Running, .. })));
-        for proves_nothing in [VerdictAnswer::Pending, VerdictAnswer::Unknown] {
+        for proves_nothing in [VerdictAnswer::Pending, VerdictAnswer::Unknown, VerdictAnswer::MayHaveRun] {
             assert!(matches!(answered(proves_nothing), Answered::Again(_)), "{proves_nothing:?}");
         }
     }
@@ -304,7 +389,7 @@ mod tests {
                 records.extend(journal(kinds, 7));
                 let records = if kinds.is_empty() { Vec::new() } else { records };
                 let PluggedIn { note, fate } = plugged_in(&records, state);
-                assert!(note.as_ref().is_none_or(|(of, note)| of.generation == Generation(7) && note.kind == Running));
+                assert!(note.as_ref().is_none_or(|(of, _)| of.generation == Generation(7)));
                 let fate = match fate {
                     Fate::Left => "left",
                     Fate::Own => "own",
@@ -312,15 +397,15 @@ mod tests {
                     Fate::End { ran: false } => "discard",
                     Fate::Doubt => "doubt",
                 };
-                if note.is_some() { format!("running, {fate}") } else { fate.to_owned() }
+                note.map_or(fate.to_owned(), |(_, note)| format!("{:?}, {fate}", note.kind))
             })
         };
         assert_eq!(fates(&[]), ["left", "own", "discard", "left"]);
         assert_eq!(fates(&[Started]), ["left", "own", "discard", "left"]);
-        assert_eq!(fates(&[Started, Released]), ["doubt", "doubt", "doubt", "doubt"]);
+        assert_eq!(fates(&[Started, Released]), ["Aborted, left", "doubt", "doubt", "doubt"]);
         assert_eq!(fates(&[Started, Released, Running]), ["release", "release", "release", "release"]);
         assert_eq!(fates(&[Started, Released, Aborted]), ["left", "own", "discard", "left"]);
-        assert_eq!(fates(&[Ready]), ["running, left", "running, own", "left", "left"]);
+        assert_eq!(fates(&[Ready]), ["Running, left", "Running, own", "left", "left"]);
         assert_eq!(fates(&[Ready, Running]), ["left", "own", "own", "left"]);
         assert_eq!(fates(&[Ready, Discarded]), ["left", "left", "discard", "left"]);
     }
@@ -333,13 +418,51 @@ mod tests {
         assert_eq!(asked(&[], true, loaded), Asked::Answer(VerdictAnswer::Unknown));
         assert_eq!(asked(&[Ready, Running], false, loaded), Asked::Answer(VerdictAnswer::Running));
         assert_eq!(asked(&[Ready, Discarded], true, loaded), Asked::Answer(VerdictAnswer::Discarded));
-        assert_eq!(asked(&[Ready], true, None), Asked::Answer(VerdictAnswer::Pending));
+        assert_eq!(asked(&[Ready], true, None), Asked::Answer(VerdictAnswer::MayHaveRun));
+        assert!(matches!(asked(&[Ready], false, None), Asked::Discard(_)), "Commit was never said");
         assert_eq!(asked(&[Ready], true, here(true, Some(Plugged::Loaded))), Asked::Answer(VerdictAnswer::Pending));
         assert!(matches!(asked(&[Ready], true, loaded), Asked::TakeUp(Note { kind: Running, .. })));
         assert!(matches!(asked(&[Ready], false, loaded), Asked::Discard(Note { kind: Discarded, .. })));
         for taken in [Plugged::Running, Plugged::Paused] {
             assert!(matches!(asked(&[Ready], false, here(false, Some(taken))), Asked::TakeUp(_)), "a guest that ran stays");
         }
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_owed() {
+        let owed = |kinds: &[_], ended| owed(&journal(kinds, 7), ended).map(|note| note.kind);
+        assert_eq!(owed(&[Started, Released], Ended::Gone), Some(Running));
+        assert_eq!(owed(&[Started, Released], Ended::Stayed), Some(Aborted));
+        assert_eq!(owed(&[Ready], Ended::Came), Some(Running));
+        assert_eq!(owed(&[], Ended::Stayed), None, "nothing was promised");
+        assert_eq!(owed(&[Started, Released, Running], Ended::Gone), None);
+    }
+
+    #[test]
+    fn a_guest_leaves_when_it_is_on_record_that_it_came() {
+        let notes = |records: &[JournalRecord]| {
+            let found = before_it_leaves(records);
+            found.iter().map(|(of, note)| (of.generation.0, note.kind)).collect::<Vec<_>>()
+        };
+        assert_eq!(notes(&journal(&[Ready], 7)), [(7, Running)]);
+        assert_eq!(notes(&journal(&[Ready, Running], 7)), []);
+        assert_eq!(notes(&[journal(&[Ready], 6), journal(&[Ready], 7)].concat()), [(7, Running)], "by the latest");
+    }
+
+    #[test]
+    fn an_older_attempt_says_nothing_of_a_guest_that_is_here() {
+        let (old, new) = (journal(&[Started, Released], 6), journal(&[Ready], 7));
+        let all = [old.clone(), new.clone()].concat();
+        assert!(is_latest(&all, &new[0]) && is_latest(&old, &old[1]) && !is_latest(&all, &old[1]));
+    }
+
+    #[test]
+    fn a_guest_of_before_is_let_in_when_its_vmm_had_time_to_plug_in() {
+        let records = journal(&[Started, Released, Running], 7);
+        assert_eq!(wait_before_admitting(&records, false, Duration::ZERO), PLUG_IN_MAX);
+        assert_eq!(wait_before_admitting(&[], true, Duration::ZERO), PLUG_IN_MAX);
+        assert_eq!(wait_before_admitting(&records, true, PLUG_IN_MAX), Duration::ZERO);
+        assert_eq!(wait_before_admitting(&[], false, Duration::ZERO), Duration::ZERO);
     }
 
     #[test]
@@ -351,6 +474,7 @@ mod tests {
         assert!(matches!(late(&[Ready], false, None, true), OutOfPatience::Wait(_)));
         assert!(matches!(late(&[Ready], true, Some(Plugged::Running), true), OutOfPatience::Running(_)));
         assert!(matches!(late(&[Ready], true, Some(Plugged::Loaded), true), OutOfPatience::Discard(_)));
-        assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::Discard(_)));
+        assert!(matches!(late(&[Ready], true, None, true), OutOfPatience::Wait(_)));
+        assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::MayHaveRun(_)));
     }
 }

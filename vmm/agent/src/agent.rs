@@ -17,6 +17,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The agent's parts.
 #[derive(Debug)]
@@ -30,6 +31,7 @@ pub(crate) struct Agent {
     pub(crate) links: Links,
     pub(crate) cpu: Learnt,
     stopping: AtomicBool,
+    started: Instant,
 }
 
 impl Agent {
@@ -53,8 +55,8 @@ impl Agent {
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        let (links, cpu) = (Links::default(), Learnt::default());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping }, warnings))
+        let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
     }
 
     /// The journal, for reading.
@@ -72,6 +74,11 @@ impl Agent {
             Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
         }
         written
+    }
+
+    /// How long ago it started.
+    pub(crate) fn since_start(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether the agent is about to end.

@@ -24,8 +24,9 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
-use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::record::Record;
+use limosa_proto::recovery::Ended;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
@@ -72,7 +73,8 @@ impl Hosting for Reception {
             bytes_on_wire: 0,
         });
         let (done, ended) = oneshot::channel();
-        tokio::spawn(show(Arc::clone(agent), job, hello.vm.memory.bytes(), seen, ended));
+        let attempt = (hello.vm.id, header.migration, header.generation);
+        tokio::spawn(show(Arc::clone(agent), job, attempt, hello.vm.memory.bytes(), seen, ended));
         let receiving = Receiving {
             agent: Arc::clone(agent),
             job,
@@ -136,6 +138,7 @@ fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> Job
 async fn show(
     agent: Arc<Agent>,
     job: u64,
+    (vm, migration, generation): (VmId, MigrationId, Generation),
     memory_bytes: u64,
     mut seen: watch::Receiver<IncomingProgress>,
     ended: oneshot::Receiver<DestinationOutcome>,
@@ -155,7 +158,13 @@ async fn show(
     }
     let end =
         |state, words: String, code: Option<Code>| Ending { state, words, code: code.map(|code| code.to_string()), report: None };
-    let ending = match ended.await {
+    let ended = ended.await;
+    match &ended {
+        Ok(DestinationOutcome::Running) => settle::owe(&agent, migration, generation, Ended::Came),
+        Ok(DestinationOutcome::Discarded { left: true, .. }) => settle::decide_again(&agent, job, vm, migration, generation),
+        _ => {}
+    }
+    let ending = match ended {
         Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
         Ok(DestinationOutcome::Refused(refusal)) => end(JobState::Refused, refusal.words(), Some(refusal.code)),
         Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
@@ -247,6 +256,7 @@ impl Drop for Receiving {
 
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
+        settle::await_its_vmm(&self.agent, vm.id);
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }

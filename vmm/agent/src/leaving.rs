@@ -10,6 +10,7 @@ use crate::links;
 use crate::networks;
 use crate::outgoing::{KeptFrames, Prepared, Sending, resolve};
 use crate::pages::GuestPages;
+use crate::settle;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
 use limosa_link::{Cancel, LaneSettings, Link, run_source_over};
@@ -18,6 +19,7 @@ use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
 use limosa_proto::progress::Progress;
+use limosa_proto::recovery::Ended;
 use limosa_proto::report::{LinkTried, Measured, Report};
 use limosa_proto::state::SourceState;
 use limosa_proto::wire::code::Code;
@@ -113,7 +115,7 @@ pub(crate) async fn carry_out(
     let kept = KeptFrames::default();
     let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept };
     let (outcome, report) = leaving.leave(wanted).await;
-    let Leaving { agent, vm, kept, .. } = leaving;
+    let Leaving { agent, vm, kept, migration, generation, .. } = leaving;
     // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
     let _ = tokio::task::spawn_blocking(move || drop(marks)).await;
     let mut ending = ending(&outcome, report);
@@ -123,6 +125,11 @@ pub(crate) async fn carry_out(
         ending.words = format!("{}; {words}", ending.words);
     }
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
+    match &outcome {
+        SourceOutcome::Committed => settle::owe(&agent, migration, generation, Ended::Gone),
+        SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => settle::owe(&agent, migration, generation, Ended::Stayed),
+        SourceOutcome::InDoubt { .. } => {}
+    }
     let finishing = Arc::clone(&agent);
     let finish = move || {
         match outcome {
@@ -137,6 +144,7 @@ pub(crate) async fn carry_out(
                 finishing.vms.remove(vm.id);
             }
             SourceOutcome::InDoubt { .. } => vm.set_state(VmState::Paused),
+            SourceOutcome::Aborted { guest_runs: false, .. } if !vm.has_ended() => settle::keep_taking_up(&vm),
             SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => {}
         }
         drop(claim);

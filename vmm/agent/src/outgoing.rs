@@ -9,6 +9,7 @@ use crate::hosts::Host;
 use crate::jobs::unix_ms;
 use crate::leaving;
 use crate::pages::GuestPages;
+use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
@@ -151,6 +152,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     // From here on nobody else pauses or resumes it.
     plan.paused = claim.vm().state() == VmState::Held;
     let failed = |words: String| ApiError::refused("vmm-failed", words);
+    settle::before_it_leaves(agent, claim.vm().id).map_err(|error| ApiError::refused("journal", error.to_string()))?;
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
     let mut description = claim.vm().with_learned(described.description.clone());

@@ -14,10 +14,11 @@ use limosa_link::driver::VerdictError;
 use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
-use limosa_proto::commit::{self, DestinationVerdict, JournalRecord};
+use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, SourceVerdict};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
+use limosa_proto::journal::JournalError;
 use limosa_proto::recovery::{
-    self, ASK_INTERVAL, Answered, Asked, AtStart, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX,
+    self, ASK_INTERVAL, Answered, Asked, AtStart, Ended, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX, RETRY,
 };
 use limosa_proto::wire::message::VerdictAnswer;
 use std::path::PathBuf;
@@ -87,17 +88,41 @@ fn note(agent: &Agent, of: &JournalRecord, what: Note) -> bool {
 async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
     let mut wait = ASK_INTERVAL.0;
     loop {
+        let records = agent.journal().of(released.migration, released.generation);
+        if commit::source_verdict(&records, released.migration, released.generation) == SourceVerdict::GuestIsOurs {
+            // Its VMM has plugged in, and runs it.
+            return agent.jobs.end(job, ending(JobState::Aborted, "the guest runs on here"));
+        }
         let words = match given_up_and_asked(&agent, &released).await.map(recovery::answered) {
             Ok(Answered::Gone(settled)) => {
-                note(&agent, &released, settled);
-                let (gone, vm) = (Arc::clone(&agent), released.vm);
-                let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
+                let here = is_here(&agent, &released);
+                if !note(&agent, &released, settled) {
+                    // Asked again: a VMM that plugs in meanwhile finds no word on its guest.
+                    tokio::time::sleep(wait).await;
+                    continue;
+                }
+                if here {
+                    let (gone, vm) = (Arc::clone(&agent), released.vm);
+                    let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
+                }
                 return agent.jobs.end(job, ending(JobState::Done, "the guest runs at the destination"));
             }
             Ok(Answered::GivenBack(settled)) => {
-                note(&agent, &released, settled);
+                let here = is_here(&agent, &released);
+                if !note(&agent, &released, settled) {
+                    if agent.vms.with_id(released.vm).is_none() {
+                        tokio::time::sleep(wait).await;
+                        continue;
+                    }
+                    // The destination's word is durable and enough.
+                    owe(&agent, released.migration, released.generation, Ended::Stayed);
+                }
                 let (back, vm) = (Arc::clone(&agent), released.vm);
-                let words = tokio::task::spawn_blocking(move || give_back(&back, vm)).await.unwrap_or_default();
+                let words = if here {
+                    tokio::task::spawn_blocking(move || give_back(&back, vm)).await.unwrap_or_default()
+                } else {
+                    "the destination has given it up, and it has moved on since".to_owned()
+                };
                 return agent.jobs.end(job, ending(JobState::Aborted, &words));
             }
             Ok(Answered::Again(words)) => words.to_owned(),
@@ -107,6 +132,12 @@ async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(ASK_INTERVAL.1);
     }
+}
+
+/// Whether what is heard of this attempt says something of the VMM that is here now.
+fn is_here(agent: &Agent, attempt: &JournalRecord) -> bool {
+    let claimed = agent.vms.with_id(attempt.vm).is_some_and(|vm| vm.is_claimed());
+    !claimed && recovery::is_latest(agent.journal().records(), attempt)
 }
 
 /// To ask is as good as Commit, so what only one host may hold is given up first; a VMM that is not plugged in has either
@@ -162,7 +193,10 @@ fn give_back(agent: &Agent, id: VmId) -> String {
         Some(vm) => match take_up(&vm, REPLUG_MAX) {
             Ok(()) if vm.state() == VmState::Held => "the guest is here, paused as its operator left it".into(),
             Ok(()) => "the guest runs on here".into(),
-            Err(error) => format!("the guest is this host's again, and could not be resumed: {error}"),
+            Err(error) => {
+                keep_taking_up(&vm);
+                format!("the guest is this host's again, and could not be resumed; it is tried again and again: {error}")
+            }
         },
     }
 }
@@ -206,14 +240,86 @@ fn state_of(vm: &Vm) -> Option<Says> {
 }
 
 /// A guest that stands still is this host's: it runs on, unless its operator holds it.
-fn own(vm: &Vm) {
+fn own(vm: &Arc<Vm>) {
     match take_up(vm, Duration::ZERO) {
         Ok(()) if vm.state() == VmState::Held => {
             tracing::info!(vm = vm.name, "the guest is this host's; its operator has paused it")
         }
         Ok(()) => tracing::info!(vm = vm.name, "the guest was paused and is this host's; it runs on"),
-        Err(error) => tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed"),
+        Err(error) => {
+            tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed; it is tried again and again");
+            keep_taking_up(vm);
+        }
     }
+}
+
+/// A guest that is this host's and could not be resumed is tried again until it runs or is held, or its VMM has ended.
+pub(crate) fn keep_taking_up(vm: &Arc<Vm>) {
+    // Nobody else takes a guest in this state.
+    vm.set_state(VmState::Paused);
+    let guest = Arc::clone(vm);
+    let work = move || {
+        while guest.state() == VmState::Paused && !guest.has_ended() {
+            std::thread::sleep(RETRY);
+            if guest.state() == VmState::Paused && take_up(&guest, Duration::ZERO).is_ok() {
+                tracing::info!(vm = guest.name, "the guest runs on, or stands still as its operator left it");
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("take-up".into()).spawn(work) {
+        tracing::error!(vm = vm.name, %error, "no thread to resume the guest");
+    }
+}
+
+/// An engine has ended: what it could not write is tried until it is durable, or the agent ends.
+pub(crate) fn owe(agent: &Arc<Agent>, migration: MigrationId, generation: Generation, ended: Ended) {
+    let (agent, records) = (Arc::clone(agent), agent.journal().of(migration, generation));
+    let (Some(last), Some(owed)) = (records.last().cloned(), recovery::owed(&records, ended)) else { return };
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(RETRY).await;
+            if agent.is_stopping() || recovery::owed(&agent.journal().of(migration, generation), ended).is_none() {
+                return;
+            }
+            note(&agent, &last, owed);
+        }
+    });
+}
+
+/// Puts on record that a guest came here, before it leaves.
+pub(crate) fn before_it_leaves(agent: &Agent, vm: VmId) -> Result<(), JournalError> {
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    recovery::before_it_leaves(&records).into_iter().try_for_each(|(of, came)| agent.write(&came.of(&of)))
+}
+
+/// Destination: the engine gave a guest up and could not write so. As long as its VMM is there it can be decided again.
+pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: MigrationId, generation: Generation) {
+    let agent = Arc::clone(agent);
+    tokio::task::spawn_blocking(move || {
+        while !agent.is_stopping() {
+            std::thread::sleep(RETRY);
+            if agent.vms.with_id(vm).is_some_and(|vm| vm.is_claimed()) {
+                continue;
+            }
+            let records = agent.journal().of(migration, generation);
+            match commit::destination_verdict(&records, migration, generation) {
+                DestinationVerdict::Running => return,
+                DestinationVerdict::Undecided => records.iter().take(1).for_each(|ready| give_up(&agent, job, ready)),
+                // What was not taken back may be found by the next agent, which then needs the VMM.
+                DestinationVerdict::NoRecord if agent.journal().is_broken() => {}
+                DestinationVerdict::NoRecord | DestinationVerdict::Discarded => return end_vm(&agent, vm, false),
+            }
+        }
+    });
+}
+
+/// Waits until a VMM that was here when this agent started had time to plug in: its guest is not let in beside it.
+pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) {
+    if agent.vms.with_id(vm).is_some() {
+        return;
+    }
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    std::thread::sleep(recovery::wait_before_admitting(&records, process_lives(agent, vm), agent.since_start()));
 }
 
 /// Destination: a source asks about a migration that no driver carries any more.
@@ -233,7 +339,10 @@ pub(crate) fn verdict(
         let claimed = vm.is_claimed();
         GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
     };
-    let asked = recovery::asked(&records, migration, generation, released, vm.as_ref().map(here));
+    // A VMM that lives and is not plugged in yet does not say.
+    let silent = || ready.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
+    let guest = vm.as_ref().map(here).or_else(silent);
+    let asked = recovery::asked(&records, migration, generation, released, guest);
     match (asked, ready, &vm) {
         (Asked::Answer(answer), _, _) => answer,
         (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
@@ -247,8 +356,8 @@ pub(crate) fn verdict(
             }
             VerdictAnswer::Running
         }
-        (Asked::Discard(given_up), Some(ready), Some(vm)) if note(agent, ready, given_up) => {
-            end_vm(agent, vm.id, false);
+        (Asked::Discard(given_up), Some(ready), _) if note(agent, ready, given_up) => {
+            end_vm(agent, ready.vm, false);
             VerdictAnswer::Discarded
         }
         _ => VerdictAnswer::Pending,
@@ -282,11 +391,15 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
     let _one = deciding();
     let records = agent.journal().of(ready.migration, ready.generation);
     let vm = agent.vms.with_id(ready.vm);
+    if vm.as_ref().is_some_and(|vm| vm.is_claimed()) {
+        // Another attempt has this guest now, and its driver decides.
+        return;
+    }
     let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
     let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
     match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives) {
         OutOfPatience::Settled => {}
-        OutOfPatience::Wait(words) => agent.jobs.update(job, |info| info.words = words.into()),
+        OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => agent.jobs.update(job, |info| info.words = words.into()),
         OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
         OutOfPatience::Discard(given_up) => {
             if note(agent, ready, given_up) {

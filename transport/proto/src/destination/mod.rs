@@ -358,7 +358,8 @@ impl State {
     fn fail(self, core: &mut Core, code: Code, words: String, by: Side) -> State {
         let name = self.name();
         if name >= DestinationState::Readying || core.asked && name != DestinationState::Listening {
-            ending::discard(core, code, &words, by)
+            let ready = name >= DestinationState::Readying;
+            ending::discard(core, code, &words, by, ready)
         } else {
             ending::drop_unready(core, code, &words, by)
         }

@@ -8,6 +8,10 @@ use crate::wire::code::Code;
 use crate::wire::limits::{WORDS_BYTES_MAX, fit};
 use crate::wire::message::{Message, Refusal, VerdictAnswer};
 
+/// What a source in doubt says of that answer.
+pub(crate) const MAY_HAVE_RUN: &str = "the destination's VMM is gone and the guest may have run there: what is here may be old, and only a \
+                                       person can decide to go on from it";
+
 /// Given up; the guest is being resumed if it was stopped, and the journal written.
 #[derive(Debug, Clone, Hash)]
 pub(super) struct Aborting {
@@ -155,6 +159,7 @@ impl Doubt {
                 core,
                 "the destination has no record of this migration, which proves nothing: look there whether the guest runs",
             ),
+            SourceEvent::Verdict(VerdictAnswer::MayHaveRun) => self.wait(core, MAY_HAVE_RUN),
             SourceEvent::LinkLost(words) => self.wait(core, &format!("the destination cannot be asked: {words}")),
             SourceEvent::Timer => {
                 if core.config.in_doubt_max.is_some_and(|most| core.now >= self.since.after(most)) {

@@ -2,7 +2,7 @@
 //! `rounds` (until the guest is stopped), `handover` (until it is committed) and `ending` (doubt and clean-up).
 //! It moves no page, opens no socket and writes no journal.
 
-mod ending;
+pub(crate) mod ending;
 mod handover;
 mod rounds;
 

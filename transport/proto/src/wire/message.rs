@@ -243,6 +243,9 @@ pub enum VerdictAnswer {
     Pending,
     /// The destination has no record of this migration and generation. That proves nothing.
     Unknown,
+    /// It was ready, its VMM is gone, and nobody can say whether the guest ran there: the source must not resume what may be
+    /// older than what the guest has done since.
+    MayHaveRun,
 }
 
 /// A message of the control channel.
