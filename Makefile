@@ -45,7 +45,8 @@ check: ## formatting, clippy, documentation, licences and bans, tidy
 	else echo "check: cargo-deny is not installed, licences and bans are unchecked (cargo install cargo-deny --locked)"; fi
 	@$(MAKE) --no-print-directory tidy
 
-fuzz: ## hostile guests against every virtio device, SECONDS=600 each
+fuzz: ## every decoder, the plug's ends, both state machines and every virtio device, SECONDS=600 each (a C++ compiler)
+	fuzz/run.sh $(or $(SECONDS),600)
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver
 
 tidy: ## the rules of the house alone (tests/tidy.rs)
