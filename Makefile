@@ -48,7 +48,8 @@ check: ## formatting, clippy, documentation, licences and bans, tidy
 sim: ## SEEDS=100000 worlds of migrations in which hosts, agents, disks and networks fail; SEED=n: replay one
 	$(if $(SEED),LIMOSA_SIM_SEED=$(SEED),LIMOSA_SIM_SEEDS=$(or $(SEEDS),100000)) $(CARGO) test -p rig --test sim -- --nocapture
 
-fuzz: ## hostile guests against every virtio device, SECONDS=600 each
+fuzz: ## every decoder, the plug's ends, both state machines and every virtio device, SECONDS=600 each (a C++ compiler)
+	fuzz/run.sh $(or $(SECONDS),600)
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver
 
 soak: ## real kills for hours: each harm at each fail point, then N=300 at random times with a release build (SEED=n, STAND_MS=30000) (root)

@@ -252,7 +252,7 @@ impl DestinationConfig {
 }
 
 /// What the lanes did in one round so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct RoundSent {
     /// Which round.
     pub round: u32,
@@ -366,7 +366,7 @@ pub enum SourceAction {
 }
 
 /// How a migration ended for its source.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum SourceOutcome {
     /// The guest runs at the destination.
     Committed,

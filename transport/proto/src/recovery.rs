@@ -298,6 +298,10 @@ pub fn asked(
     if released || guest.plugged.is_some_and(Plugged::is_taken) {
         return Asked::TakeUp(note(JournalRecordKind::Running, "the source in doubt released it"));
     }
+    if guest.plugged.is_none() {
+        // The question may be old, and a later one may have made it run: nothing is given up before its VMM says that it does not.
+        return Asked::Answer(VerdictAnswer::Pending);
+    }
     Asked::Discard(asked_back)
 }
 
@@ -445,6 +449,8 @@ mod tests {
         assert_eq!(asked(&[Ready], true, here(true, Some(Plugged::Loaded))), Asked::Answer(VerdictAnswer::Pending));
         assert!(matches!(asked(&[Ready], true, loaded), Asked::TakeUp(Note { kind: Running, .. })));
         assert!(matches!(asked(&[Ready], false, loaded), Asked::Discard(Note { kind: Discarded, .. })));
+        let silent = here(false, None);
+        assert_eq!(asked(&[Ready], false, silent), Asked::Answer(VerdictAnswer::Pending), "it may run for all that is known");
         for taken in [Plugged::Running, Plugged::Paused] {
             assert!(matches!(asked(&[Ready], false, here(false, Some(taken))), Asked::TakeUp(_)), "a guest that ran stays");
         }

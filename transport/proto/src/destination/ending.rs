@@ -10,14 +10,14 @@ use crate::wire::message::{Message, Reached, ReadyTimes, RunningTimes, VerdictAn
 use std::time::Duration;
 
 /// `ready` is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Readying {
     load: Duration,
     since: Instant,
 }
 
 /// Committed: the guest is being resumed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Resuming {
     since: Instant,
     until: Instant,
@@ -25,7 +25,7 @@ pub(super) struct Resuming {
 }
 
 /// The guest runs here.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Running {
     announcing: bool,
     writing: bool,
@@ -33,7 +33,7 @@ pub(super) struct Running {
 }
 
 /// `discarded` is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Discarding {
     code: Code,
     words: String,

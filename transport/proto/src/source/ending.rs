@@ -13,7 +13,7 @@ pub(crate) const MAY_HAVE_RUN: &str = "the destination's VMM is gone and the gue
                                        person can decide to go on from it";
 
 /// Given up; the guest is being resumed if it was stopped, and the journal written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Aborting {
     outcome: SourceOutcome,
     resuming: bool,
@@ -22,7 +22,7 @@ pub(super) struct Aborting {
 }
 
 /// Released, and nobody answers.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Doubt {
     released: bool,
     words: String,
@@ -30,7 +30,7 @@ pub(super) struct Doubt {
 }
 
 /// The destination has discarded: `aborted` is written, then the guest resumed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct GivingBack {
     words: String,
     resuming: bool,
@@ -38,7 +38,7 @@ pub(super) struct GivingBack {
 }
 
 /// The guest runs there.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Committed {
     writing: bool,
     listening: bool,
