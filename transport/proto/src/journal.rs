@@ -488,7 +488,7 @@ mod tests {
     fn another_format_is_refused_in_words() {
         let line = line_of(&Head { limosa_journal: FORMAT + 1 });
         let error = open(&line).unwrap_err().to_string();
-        assert!(error.contains("format 2 is not known here"), "{error}");
+        assert!(error.contains("its format is 2, this agent knows 1"), "{error}");
     }
 
     #[test]
