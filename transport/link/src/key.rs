@@ -1,4 +1,5 @@
-//! The host's own key: an Ed25519 pair, its file, its public half. Nothing here speaks to anybody.
+//! A secret key: an Ed25519 pair, its file, its public half. A host has one, and an operator has one of the same kind for
+//! signing tickets. Nothing here speaks to anybody.
 
 use crate::tls::TlsError;
 use limosa_proto::identity::HostId;
@@ -14,18 +15,18 @@ pub(crate) const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x
 /// Largest key file that is read. An Ed25519 PKCS#8 document is 83 bytes.
 const KEY_FILE_BYTES_MAX: u64 = 4096;
 
-/// A host's secret Ed25519 key. Its debug output and its errors never show it.
+/// A secret Ed25519 key, of a host or of an operator. Its debug output and its errors never show it.
 #[derive(Clone)]
 pub struct HostKey {
     pkcs8: Arc<[u8]>,
     id: HostId,
 }
 
-/// Why there is no host key.
+/// Why there is no key.
 #[derive(Debug, thiserror::Error)]
 pub enum HostKeyError {
     /// The system gave no randomness.
-    #[error("no host key could be made: the system gives no random numbers")]
+    #[error("no key could be made: the system gives no random numbers")]
     Random,
     /// The bytes are no Ed25519 key.
     #[error("{from} is no Ed25519 key in PKCS#8; move it away and a new one is made")]
@@ -34,7 +35,7 @@ pub enum HostKeyError {
         from: String,
     },
     /// Others can read the file.
-    #[error("{path} can be read by others (mode {mode:o}); a host key needs mode 600: `chmod 600 {path}`")]
+    #[error("{path} can be read by others (mode {mode:o}); a key needs mode 600: `chmod 600 {path}`")]
     Mode {
         /// Which file.
         path: String,
@@ -42,7 +43,7 @@ pub enum HostKeyError {
         mode: u32,
     },
     /// The file cannot be read or written.
-    #[error("cannot {doing} host key {path}: {error}")]
+    #[error("cannot {doing} key {path}: {error}")]
     Io {
         /// "read" or "write".
         doing: &'static str,
@@ -109,6 +110,32 @@ impl HostKey {
     #[must_use]
     pub fn id(&self) -> HostId {
         self.id
+    }
+
+    /// Reads `path`, or makes a key there if there is nothing: at the first use.
+    ///
+    /// # Errors
+    /// As [`HostKey::load`] and [`HostKey::save`].
+    pub fn load_or_make(path: &Path) -> Result<HostKey, HostKeyError> {
+        match HostKey::load(path) {
+            Err(HostKeyError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+            loaded => return loaded,
+        }
+        let key = HostKey::generate()?;
+        match key.save(path) {
+            Err(HostKeyError::Io { error, .. }) if error.kind() == io::ErrorKind::AlreadyExists => HostKey::load(path),
+            saved => saved.map(|()| key),
+        }
+    }
+
+    /// Signs `message`, which must begin with words that nothing else signed by this kind of key begins with.
+    ///
+    /// # Errors
+    /// [`HostKeyError::Format`]; not for a key that was made or loaded.
+    pub fn sign(&self, message: &[u8]) -> Result<[u8; 64], HostKeyError> {
+        let format = || HostKeyError::Format { from: "the key".into() };
+        let pair = Ed25519KeyPair::from_pkcs8(&self.pkcs8).map_err(|_| format())?;
+        pair.sign(message).as_ref().try_into().map_err(|_| format())
     }
 
     fn parse(bytes: &[u8], from: &str) -> Result<HostKey, HostKeyError> {

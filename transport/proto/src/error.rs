@@ -167,6 +167,14 @@ pub enum Misuse {
         /// Why it is none.
         words: String,
     },
+    /// Text that is no address.
+    #[error("\"{text}\" is no address: one such as 10.20.3.4 or fd00::1 is needed ({words})")]
+    Address {
+        /// What was given.
+        text: String,
+        /// Why it is none.
+        words: String,
+    },
 }
 
 /// What every error of this crate becomes on the wire. The one such map.

@@ -1,4 +1,4 @@
-//! Who is who: hosts by their public key, guests and migrations by random identifiers.
+//! Who is who: hosts and operators by their public keys, guests, migrations and tickets by random identifiers.
 //! No key material that is secret and no signature is made here.
 
 use data_encoding::{BASE32_NOPAD, Encoding};
@@ -9,6 +9,15 @@ use std::str::FromStr;
 /// A host's identity: its Ed25519 public key, 32 bytes. Its text is base32 in lower case, 52 characters.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct HostId(pub [u8; 32]);
+
+/// An operator's identity: the Ed25519 public key that tickets are checked with. Its text is like a host's; what is signed by
+/// the one is never taken for something signed by the other.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct OperatorId(pub [u8; 32]);
+
+/// What tells a ticket from every other: 16 random bytes chosen when it is made.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Nonce(pub [u8; 16]);
 
 /// A guest's identity, 16 random bytes chosen when it was first started; it never changes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -33,31 +42,33 @@ pub struct IdentityError {
 
 const HEX: Encoding = data_encoding::HEXLOWER;
 
-impl fmt::Display for HostId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&BASE32_NOPAD.encode(&self.0).to_lowercase())
-    }
-}
+macro_rules! public_key {
+    ($name:ident, $what:literal, $wants:literal) => {
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&BASE32_NOPAD.encode(&self.0).to_lowercase())
+            }
+        }
 
-impl fmt::Debug for HostId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HostId({self})")
-    }
-}
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
 
-impl FromStr for HostId {
-    type Err = IdentityError;
-    fn from_str(text: &str) -> Result<HostId, IdentityError> {
-        let error = || IdentityError {
-            text: text.chars().take(80).collect(),
-            what: "host id",
-            wants: "52 letters and digits are needed, as `limosa host id` prints them",
-        };
-        let plain: String = text.trim().chars().filter(|c| *c != '-').collect();
-        let bytes = BASE32_NOPAD.decode(plain.to_uppercase().as_bytes()).map_err(|_| error())?;
-        Ok(HostId(bytes.try_into().map_err(|_| error())?))
-    }
+        impl FromStr for $name {
+            type Err = IdentityError;
+            fn from_str(text: &str) -> Result<$name, IdentityError> {
+                let error = || IdentityError { text: text.chars().take(80).collect(), what: $what, wants: $wants };
+                let plain: String = text.trim().chars().filter(|c| *c != '-').collect();
+                let bytes = BASE32_NOPAD.decode(plain.to_uppercase().as_bytes()).map_err(|_| error())?;
+                Ok($name(bytes.try_into().map_err(|_| error())?))
+            }
+        }
+    };
 }
+public_key!(HostId, "host id", "52 letters and digits are needed, as `limosa host id` prints them");
+public_key!(OperatorId, "operator id", "52 letters and digits are needed, as `limosa operator id` prints them");
 
 macro_rules! sixteen_bytes {
     ($name:ident, $what:literal) => {
@@ -89,6 +100,7 @@ macro_rules! sixteen_bytes {
 }
 sixteen_bytes!(VmId, "VM id");
 sixteen_bytes!(MigrationId, "migration id");
+sixteen_bytes!(Nonce, "nonce");
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -56,13 +56,7 @@ pub enum HostsError {
 /// # Errors
 /// The file cannot be read or written, or others may read it.
 pub fn own_key(directory: &Path) -> Result<HostKey, HostKeyError> {
-    let path = directory.join("host.key");
-    if path.exists() {
-        return HostKey::load(&path);
-    }
-    let key = HostKey::generate()?;
-    key.save(&path)?;
-    Ok(key)
+    HostKey::load_or_make(&directory.join("host.key"))
 }
 
 impl Hosts {

@@ -22,6 +22,7 @@ pub mod journal;
 mod leaving;
 mod links;
 mod networks;
+pub mod operator;
 mod outgoing;
 mod pages;
 mod pausing;

@@ -2,8 +2,10 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use limosa_agent::checked::parse_size;
+use limosa_proto::identity::{HostId, OperatorId, VmId};
+use limosa_proto::ticket::{Action, Link, NamePattern};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Live migration for KVM guests: moves a running guest to another host without stopping it.
 #[derive(Debug, Parser)]
@@ -84,6 +86,15 @@ pub(crate) enum Command {
     Verdict(VerdictArgs),
     /// Tell the network once more where a guest is
     Announce { vm: String },
+    /// The rules that say from which addresses guests may come, as the agent's configuration has them
+    #[command(subcommand)]
+    Allow(AllowCommand),
+    /// Who you are as an operator
+    #[command(subcommand)]
+    Operator(OperatorCommand),
+    /// Tickets: an operator's signed word that one host may move a guest to another. Needs no agent
+    #[command(subcommand)]
+    Ticket(TicketCommand),
     /// Two hosts on this machine, one live migration, a report
     Demo(DemoArgs),
     /// Shell completions on standard output
@@ -257,6 +268,132 @@ pub(crate) struct CheckArgs {
     /// What would carry the guest's memory [default: the agent's]
     #[arg(long, value_enum)]
     pub(crate) link: Option<LinkKind>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AllowCommand {
+    /// List the rules in the order in which they are asked
+    List {
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Which rule decides about an address: exit 0 if it is allowed, 1 if not
+    Test {
+        #[arg(value_name = "ADDRESS")]
+        address: String,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfigFile {
+    /// The agent's configuration
+    #[arg(long, value_name = "FILE", help = "The agent's configuration [default: /etc/limosa/agent.toml, if it exists]")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeyFile {
+    /// Your key
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "LIMOSA_OPERATOR_KEY",
+        help = "Your key [default: limosa/operator.key in $XDG_CONFIG_HOME, or in ~/.config]"
+    )]
+    pub(crate) key: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum OperatorCommand {
+    /// Show your operator id; the first time, make your key
+    Id {
+        #[command(flatten)]
+        key: KeyFile,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TicketCommand {
+    /// Make a ticket and sign it with your key
+    Make(TicketMakeArgs),
+    /// Show what a ticket says, and whether its signature fits; not whether anybody trusts its issuer
+    Show {
+        /// The ticket; - reads it from standard input
+        ticket: String,
+    },
+    /// Check a ticket as its destination would: exit 0 if it is good, 1 if not. What you leave out is not compared
+    Verify(TicketVerifyArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("guests").required(true))]
+pub(crate) struct TicketMakeArgs {
+    /// For this guest, once: its id, as `limosa vm show` prints it
+    #[arg(long, value_name = "ID", group = "guests")]
+    pub(crate) vm: Option<VmId>,
+    /// For all guests whose name fits, as often as needed: a standing delegation, such as 'web-*'
+    #[arg(long, value_name = "PATTERN", group = "guests")]
+    pub(crate) vms: Option<NamePattern>,
+    /// The host that may use it: what `limosa host id` prints there
+    #[arg(long, value_name = "ID")]
+    pub(crate) source: HostId,
+    /// The host that is to accept it
+    #[arg(long, value_name = "ID")]
+    pub(crate) destination: HostId,
+    /// What it allows: migrate or check
+    #[arg(long, default_value = "migrate")]
+    pub(crate) action: Action,
+    /// A link that may be used, several times for several: tcp, quic or rdma [default: all]
+    #[arg(long, value_name = "LINK")]
+    pub(crate) link: Vec<Link>,
+    /// How long it is good [default: 10m]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with = "until")]
+    pub(crate) life: Option<Duration>,
+    /// Until when, in UTC, such as 2026-12-31T18:00:00Z
+    #[arg(long, value_name = "DATE", value_parser = humantime::parse_rfc3339_weak)]
+    pub(crate) until: Option<SystemTime>,
+    /// From when on [default: now]
+    #[arg(long, value_name = "DATE", value_parser = humantime::parse_rfc3339_weak)]
+    pub(crate) from: Option<SystemTime>,
+    #[command(flatten)]
+    pub(crate) key: KeyFile,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TicketVerifyArgs {
+    /// The ticket; - reads it from standard input
+    pub(crate) ticket: String,
+    /// An operator to trust, several times for several [default: you]
+    #[arg(long, value_name = "ID")]
+    pub(crate) operator: Vec<OperatorId>,
+    /// The guest's id
+    #[arg(long, value_name = "ID")]
+    pub(crate) vm: Option<VmId>,
+    /// The guest's name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// The host that would present it
+    #[arg(long, value_name = "ID")]
+    pub(crate) source: Option<HostId>,
+    /// The host that would accept it
+    #[arg(long, value_name = "ID")]
+    pub(crate) destination: Option<HostId>,
+    /// What would be done: migrate or check
+    #[arg(long)]
+    pub(crate) action: Option<Action>,
+    /// What would carry the guest: tcp, quic or rdma
+    #[arg(long)]
+    pub(crate) link: Option<Link>,
+    /// When [default: now]
+    #[arg(long, value_name = "DATE", value_parser = humantime::parse_rfc3339_weak)]
+    pub(crate) at: Option<SystemTime>,
+    /// By how much the clocks may differ [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) skew: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) key: KeyFile,
 }
 
 /// Which link carries the pages.
@@ -445,8 +582,27 @@ mod tests {
             "vmm --config a --bridge br0",
             "vm save web",
             "vm restore",
+            "allow test",
+            "ticket make --source x --destination y --vm z",
+            "ticket make --vms web-*",
+            "ticket verify",
         ] {
             assert!(parse(line).is_err(), "{line}");
+        }
+        let (a, b, vm) = ("a".repeat(52), format!("{}q", "b".repeat(51)), "0".repeat(32));
+        let make = |more: &str| parse(&format!("ticket make --source {a} --destination {b} {more}"));
+        assert!(make(&format!("--vm {vm} --life 1h --link tcp --link quic")).is_ok());
+        assert!(make("--vms web-* --until 2026-12-31T18:00:00Z --action check").is_ok());
+        for more in [
+            "".to_owned(),
+            format!("--vm {vm} --vms web-*"),
+            "--vms web?".into(),
+            format!("--vm {vm} --life soon"),
+            format!("--vm {vm} --life 1h --until 2026-12-31T18:00:00Z"),
+            format!("--vm {vm} --action fly"),
+            format!("--vm {vm} --link pigeon"),
+        ] {
+            assert!(make(&more).is_err(), "{more}");
         }
         assert!(parse("vmm --incoming --plug /run/p --token 00").is_ok());
         assert!(parse("vmm --print-cpu").is_ok() && parse("vmm --print-cpu --config a").is_err());

@@ -1,6 +1,7 @@
-//! The commands that ask an agent, one file each. They hold no state and do nothing themselves.
+//! The commands, one file each. Most ask an agent and do nothing themselves; `allow`, `operator` and `ticket` need none.
 
 pub(crate) mod agent;
+pub(crate) mod allow;
 pub(crate) mod announce;
 pub(crate) mod check;
 pub(crate) mod console;
@@ -8,6 +9,8 @@ pub(crate) mod host;
 pub(crate) mod jobs;
 pub(crate) mod manual;
 pub(crate) mod migrate;
+pub(crate) mod operator;
+pub(crate) mod ticket;
 pub(crate) mod vm;
 
 use crate::args::Cli;
