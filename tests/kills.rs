@@ -206,7 +206,7 @@ impl<'a> Course<'a> {
         self.host(home).wait_agent()?;
         let place = self.rest(&mut running, harm)?;
         ensure!(allowed(point, harm).contains(&place), "the guest is now: {place:?}; allowed is {:?}", allowed(point, harm));
-        self.next(place)
+        self.next(place, harm)
     }
 
     /// One migration that comes to harm after some time.
@@ -216,7 +216,7 @@ impl<'a> Course<'a> {
         self.harm(harm, None)?;
         let place = self.rest(&mut running, harm)?;
         ensure!(place != Place::Nowhere || matches!(harm, KillSourceVmm | KillDestinationVmm), "the guest is lost");
-        self.next(place)
+        self.next(place, harm)
     }
 
     /// Does it; an agent that stands still at its point goes on when that has been done.
@@ -320,7 +320,7 @@ impl<'a> Course<'a> {
     }
 
     /// The guest is whole and ran in one place at a time; then the next migration, which must be good.
-    fn next(&mut self, place: Place) -> Result<()> {
+    fn next(&mut self, place: Place, harm: Harm) -> Result<()> {
         *self.came_to.entry(format!("{place:?}").to_lowercase()).or_default() += 1;
         if place == Place::Nowhere {
             self.never_two()?;
@@ -328,6 +328,10 @@ impl<'a> Course<'a> {
         } else {
             self.on_a = self.on_a == (place == Place::Source);
             self.source().guest_lives(&self.guest.name)?;
+            // An agent that was killed has told the network, or the next one does. What was said into a cut is lost.
+            if matches!(harm, KillSourceAgent | KillDestinationAgent) {
+                self.lab.wait_reachable(&self.guest).context("the network was not told where the guest is")?;
+            }
         }
         self.source().migrate_well(&self.guest.name, self.destination(), &[]).context("the migration after it")?;
         self.on_a = !self.on_a;
@@ -441,7 +445,7 @@ fn at_random(count: u64, seed: u64, stand: Duration) {
         let start = Instant::now();
         course.leave()?.wait(REST_MAX)?.expect_code(0)?;
         let usual = u64::try_from(start.elapsed().as_millis())?;
-        course.next(Place::Destination)?;
+        course.next(Place::Destination, KillSourceAgent)?;
         for index in 0..count {
             let harm = HARMS[usize::try_from(numbers.below(HARMS.len() as u64))?];
             let delay = Duration::from_millis(numbers.below(usual + usual / 4));

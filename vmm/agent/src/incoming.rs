@@ -330,6 +330,7 @@ impl DestinationHost for Receiving {
             return Ok(Vec::new());
         }
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
+        guest.announces(Arc::clone(&self.announce_end));
         let nics = announcing::nics(&self.agent.config, &description);
         self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);

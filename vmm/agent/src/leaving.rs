@@ -114,6 +114,7 @@ pub(crate) async fn carry_out(
     failpoints::pass(Some(Point::SourceBegins));
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
+    vm.end_announcing();
     let kept = KeptFrames::default();
     let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept };
     let (outcome, report) = leaving.leave(wanted).await;

@@ -9,6 +9,7 @@ use crate::vm::{Vm, VmState};
 use limosa_link::HostError;
 use limosa_plug::{PlugError, VmState as Plugged};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// How long a VMM that has lost its connection may take to come back before the command is given up.
@@ -74,7 +75,9 @@ pub(crate) fn run_on(agent: &Agent, name: &str) -> Result<String, ApiError> {
 /// Tells the network where a guest is that has begun to run here.
 pub(crate) fn tell(agent: &Agent, vm: &Vm) -> Vec<String> {
     let Some(description) = vm.description() else { return Vec::new() };
-    incoming::announce(agent, &description, Arc::default(), |_| {}).unwrap_or_else(|error| {
+    let end = Arc::<AtomicBool>::default();
+    vm.announces(Arc::clone(&end));
+    incoming::announce(agent, &description, end, |_| {}).unwrap_or_else(|error| {
         tracing::warn!(vm = vm.name, %error, "the guest could not be announced; `limosa announce` repeats it");
         Vec::new()
     })

@@ -242,6 +242,7 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
     if let Some((of, running)) = &found.note {
         note(agent, of, *running);
     }
+    let came = found.note.is_some();
     match found.fate {
         Fate::Left => {}
         Fate::Own => own(vm),
@@ -253,7 +254,13 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
             if let Err(error) = give_up_disks(vm) {
                 tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
             }
+            return;
         }
+    }
+    drop(one);
+    // The agent ended before it was on record that the guest came: the network may not have been told either.
+    if came && vm.state() == VmState::Running {
+        tell(agent, vm);
     }
 }
 

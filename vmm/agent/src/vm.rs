@@ -12,6 +12,7 @@ use limosa_proto::wire::limits::ADDRESSES_MAX;
 use limosa_proto::wire::message::{NicDescription, VerdictAnswer, VmDescription};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,8 @@ struct Inner {
     claimed: Option<&'static str>,
     /// Whether the guest may have run in this VMM, or was committed to it.
     may_have_run: bool,
+    /// Ends the announcing that is under way.
+    announcing: Option<Arc<AtomicBool>>,
     /// What an operator has decided while a driver is in doubt about it, durably, and in which words.
     decided: Option<(VerdictAnswer, String)>,
 }
@@ -83,6 +86,7 @@ impl Vm {
             lost: None,
             claimed: None,
             may_have_run: state != VmState::Incoming,
+            announcing: None,
             decided: None,
         };
         Arc::new(Vm { id, name, inner: Mutex::new(inner), plugged: Condvar::new() })
@@ -182,6 +186,18 @@ impl Vm {
 
     pub(crate) fn set_description(&self, description: VmDescription) {
         self.lock().description = Some(description);
+    }
+
+    /// It is being announced, until `end` is set.
+    pub(crate) fn announces(&self, end: Arc<AtomicBool>) {
+        self.lock().announcing = Some(end);
+    }
+
+    /// It may not be here for long: what would still be announced of it would be said against its next host.
+    pub(crate) fn end_announcing(&self) {
+        if let Some(end) = self.lock().announcing.take() {
+            end.store(true, Ordering::Release);
+        }
     }
 
     /// An operator has decided, and it is durable.
