@@ -408,6 +408,7 @@ fn own_task(world: &mut World, task: Task, how: How) {
             }
         }
         Task::Owe { generation, ended } => owe(&mut world.destination, generation, ended, how),
+        #[allow(clippy::collapsible_match, reason = "a guard that runs the guest would be read over")]
         Task::Own => {
             if !(done && run_at_destination(world)) && world.destination.vmm != Vmm::Gone {
                 world.destination.tasks.push(Task::Own);

@@ -175,6 +175,7 @@ pub(crate) struct Facts {
     pub(crate) destination_lost: bool,
 }
 
+#[allow(clippy::derived_hash_with_manual_eq, reason = "two are equal when their hashes are: what the search goes by")]
 #[derive(Clone, Hash)]
 pub(crate) struct World {
     pub(crate) source: Host<Source>,
