@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
+.PHONY: help setup demo test quick check sim soak fuzz bench bench-async-rdma tidy fmt lab lab-shell lab-up lab-down lab-status
 
 # Under sudo the caller's Rust is not in PATH. Use it, but keep root's own cargo home: no root-owned files in another's.
 ifneq ($(SUDO_USER),)
@@ -45,8 +45,19 @@ check: ## formatting, clippy, documentation, licences and bans, tidy
 	else echo "check: cargo-deny is not installed, licences and bans are unchecked (cargo install cargo-deny --locked)"; fi
 	@$(MAKE) --no-print-directory tidy
 
-fuzz: ## hostile guests against every virtio device, SECONDS=600 each
+sim: ## SEEDS=100000 worlds of migrations in which hosts, agents, disks and networks fail; SEED=n: replay one
+	$(if $(SEED),LIMOSA_SIM_SEED=$(SEED),LIMOSA_SIM_SEEDS=$(or $(SEEDS),100000)) $(CARGO) test -p rig --test sim -- --nocapture
+
+fuzz: ## every decoder, the plug's ends, both state machines and every virtio device, SECONDS=600 each (a C++ compiler)
+	fuzz/run.sh $(or $(SECONDS),600)
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver
+
+soak: ## real kills for hours: each harm at each fail point, then N=300 at random times with a release build (SEED=n, STAND_MS=30000) (root)
+	@packaging/setup.sh demo
+	$(CARGO) build --release -p limosa
+	$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_every_harm_at_every_point
+	LIMOSA_BIN=$(CURDIR)/target/release/limosa N=$(or $(N),300) $(if $(SEED),SEED=$(SEED)) $(if $(STAND_MS),STAND_MS=$(STAND_MS)) \
+		$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_at_random_times
 
 tidy: ## the rules of the house alone (tests/tidy.rs)
 	$(CARGO) test --quiet -p rig --test tidy
@@ -62,6 +73,9 @@ bench: bench-async-rdma ## measure every figure of docs/BENCHMARKS.md, and write
 	$(CARGO) bench -p rig --bench links -- --lab --json $(call BENCH_RECORD,links-lab)
 	$(CARGO) bench -p rig --bench peers -- --json $(call BENCH_RECORD,peers)
 	$(CARGO) bench -p rig --bench peers -- --lab --json $(call BENCH_RECORD,peers-lab)
+	$(CARGO) bench -p rig --bench downtime
+	$(CARGO) bench -p limosa-machine --bench pause
+	$(CARGO) bench -p rig --bench boot
 	@for name in links links-lab peers peers-lab; do \
 		record=docs/benchmarks/$(BENCH_DATE)-$$name.json; \
 		if [ -f $$record ]; then $(CARGO) bench -q -p rig --bench links -- --render $$record || exit; fi; done

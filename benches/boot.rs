@@ -1,12 +1,17 @@
 //! How long Debian's kernels take from the start of the VMM to the first program of their own, in our VMM and in QEMU's microvm: in the
-//! lab, where KVM is real and everything is emulated, by turns in one run. Figures compare only with each other.
+//! lab, where KVM is real and everything is emulated, by turns in one run. Both have transparent huge pages: QEMU's memory gets them by
+//! itself there, ours where it is set. Figures compare only with each other.
 //!
 //! `cargo bench -p rig --bench boot -- [--runs 3]` as root, on an otherwise idle machine, after `cargo build --release -p limosa`.
 #![allow(clippy::print_stdout, reason = "a benchmark prints")]
 #![forbid(unsafe_code)]
 
+#[path = "common/mod.rs"]
+mod common;
+
 use anyhow::{Context, Result};
 use clap::Parser;
+use common::median;
 use rig::linux::{Debian, Images, KernelFile, LinuxGuest, image};
 use rig::process::limosa_bin;
 use rig::roce::{Machine, Machines, Spec, shell_quoted};
@@ -58,11 +63,6 @@ fn microvm(guest: &LinuxGuest, images: &Images) -> String {
     )
 }
 
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples.get(samples.len() / 2).copied().unwrap_or_default()
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     // The machines see the outer machine's files as if nobody wrote to them: so before they boot.
@@ -70,10 +70,11 @@ fn main() -> Result<()> {
     let debians: Vec<_> = debians.into_iter().collect::<Result<_>>()?;
     let machines = Machines::boot(&Spec { limit_seconds: 3600, ..Spec::new()? })?;
     let alpha = machines.alpha();
+    alpha.shell(rig::linux::HUGE_PAGES_FOR_MEMFDS, LIMIT)?;
     println!("{:28} {:>10} {:>14} {:>7}   samples in s", "kernel", "limosa, s", "microvm, s", "ratio");
     for (debian, images) in &debians {
         for kernel in [KernelFile::Pvh, KernelFile::BzImage] {
-            let guest = LinuxGuest::new("boot", 1).debian(*debian).kernel(kernel);
+            let guest = LinuxGuest::new("boot", 1).debian(*debian).kernel(kernel).setting("thp = true");
             let guest = LinuxGuest { network: String::new(), words: Vec::new(), ..guest };
             let commands = [ours(alpha, &guest, images)?, microvm(&guest, images)];
             let mut samples = [Vec::new(), Vec::new()];
@@ -83,8 +84,7 @@ fn main() -> Result<()> {
                 }
             }
             let told = format!("{samples:.1?}");
-            let [ours, microvm] = &mut samples;
-            let (ours, microvm) = (median(ours), median(microvm));
+            let [ours, microvm] = samples.map(|samples| median(samples).unwrap_or(f64::NAN));
             let name = format!("{} {kernel:?}", images.release);
             println!("{name:28} {ours:>10.1} {microvm:>14.1} {:>7.2}   {told}", ours / microvm);
         }

@@ -48,6 +48,8 @@ pub struct AgentConfig {
     pub bind: Option<(PathBuf, PathBuf)>,
     /// Keys of `[cpu]`.
     pub cpu: BTreeMap<String, String>,
+    /// The program, where it is not the binary under test; then it looks for fail points too.
+    pub binary: Option<PathBuf>,
 }
 
 impl Default for AgentConfig {
@@ -63,6 +65,7 @@ impl Default for AgentConfig {
             storage: BTreeMap::new(),
             bind: None,
             cpu: BTreeMap::new(),
+            binary: None,
         }
     }
 }
@@ -213,22 +216,38 @@ impl Host {
 
     /// Starts the agent and waits until it answers.
     pub fn start_agent(&mut self, config: AgentConfig) -> Result<()> {
+        self.launch_agent(config)?;
+        self.wait_agent()
+    }
+
+    /// Starts the agent and does not wait for it.
+    pub fn launch_agent(&mut self, config: AgentConfig) -> Result<()> {
         self.config = config;
         let path = self.file("agent.toml");
         std::fs::write(&path, self.config.text(self)?)?;
         let log = File::options().create(true).append(true).open(self.dir.join("agent.log"))?;
+        let binary = self.config.binary.clone().map_or_else(limosa_bin, Ok)?;
         let mut command = match &self.config.bind {
-            None => self.netns.command(limosa_bin()?),
+            None => self.netns.command(binary),
             Some((which, at)) => {
                 // `ip netns exec` has made a mount namespace for it.
                 let mut command = self.netns.command("sh");
                 command.args(["-c", "mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"", "sh"]).arg(which).arg(at);
-                command.arg(limosa_bin()?);
+                command.arg(binary);
                 command
             }
         };
+        if self.config.binary.is_some() {
+            command.env("LIMOSA_FAILPOINTS", crate::points::folder(self));
+        }
         command.arg("agent").arg("--config").arg(&path).stdout(log.try_clone()?).stderr(log);
-        let mut process = Process::start("limosa agent", &mut command)?;
+        self.agent = Some(Process::start("limosa agent", &mut command)?);
+        Ok(())
+    }
+
+    /// Waits until the agent that was launched answers.
+    pub fn wait_agent(&mut self) -> Result<()> {
+        let mut process = self.agent.take().with_context(|| format!("{} has no agent", self.name))?;
         let answer = wait_for(PATIENCE, "the agent's first answer", || {
             if let Some(status) = process.ended()? {
                 bail!("the agent of {} ended with {status}:\n{}", self.name, self.agent_log());
@@ -241,6 +260,11 @@ impl Host {
         Ok(())
     }
 
+    /// As it was launched last.
+    pub fn agent_config(&self) -> AgentConfig {
+        self.config.clone()
+    }
+
     /// Starts the agent again as it was.
     pub fn restart_agent(&mut self) -> Result<()> {
         self.start_agent(self.config.clone())
@@ -249,6 +273,11 @@ impl Host {
     /// The agent's process id.
     pub fn agent_pid(&self) -> Result<u32> {
         Ok(self.agent.as_ref().with_context(|| format!("{} has no agent", self.name))?.pid())
+    }
+
+    /// Waits for the end of an agent that is to end by itself.
+    pub fn wait_agent_ended(&mut self) -> Result<std::process::ExitStatus> {
+        self.agent.take().with_context(|| format!("{} has no agent", self.name))?.wait(PATIENCE)
     }
 
     /// `kill -9` of the agent.

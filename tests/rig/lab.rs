@@ -203,6 +203,10 @@ impl Lab {
     pub fn end(mut self) -> Result<()> {
         let mut problems = Vec::new();
         for host in [&mut self.a, &mut self.b] {
+            // A test that failed may have left them standing still, and nobody would ever answer.
+            for pid in host.netns.processes() {
+                process::signal(pid, nix::sys::signal::Signal::SIGCONT);
+            }
             if host.agent_pid().is_err() {
                 continue;
             }
@@ -250,6 +254,14 @@ impl Lab {
     pub fn cable(&self, port: &str, whole: bool) -> Result<()> {
         self.switch.ip(&format!("link set {port} {}", if whole { "up" } else { "down" }))?;
         Ok(())
+    }
+
+    /// Cuts or mends one way of the network: what `from` sends to `to` is lost, what comes back arrives.
+    pub fn one_way(&self, from: &Host, to: &Host, whole: bool) -> Result<()> {
+        // To an address that nobody has.
+        let words = if whole { "del" } else { "replace" };
+        let at = if whole { "" } else { "lladdr 02:00:00:77:ff:ff nud permanent" };
+        from.ip(&format!("neigh {words} {} {at} dev br0", to.ip)).map(drop)
     }
 
     /// Every IP neighbour of the watcher, as text (for messages).

@@ -41,6 +41,18 @@ pub fn alive(pid: u32) -> bool {
     }
 }
 
+/// Whether a process has closed all that it had open: its first thread is a zombie before the others have ended.
+pub fn is_over(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    !alive(pid) && threads <= 1
+}
+
+/// Whether a process stands still by SIGSTOP.
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+}
+
 /// The words of a process's command line.
 pub fn words(pid: u32) -> Vec<String> {
     let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

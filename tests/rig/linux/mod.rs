@@ -13,6 +13,9 @@ use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
+/// A line of shell that lets memfds have transparent huge pages, for guests with `thp = true`.
+pub const HUGE_PAGES_FOR_MEMFDS: &str = "echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
 /// Which of the two files of one kernel a guest boots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KernelFile {

@@ -4,6 +4,7 @@
 use crate::control::ControlError;
 use crate::direct::{ExposedError, Exposure, Fabric};
 use crate::driver::{Cancel, counted, now, until};
+use crate::failpoints::{self, Point};
 use crate::host::{DestinationHost, Incoming, IncomingProgress, Peer};
 use crate::hosted::{Called, Hosted};
 use crate::lanes::{LaneCounters, LaneEvent, LaneReceiver, RoundCounts};
@@ -119,7 +120,7 @@ pub(crate) async fn run(
         progress,
     };
     tracing::info!(migration = %tag.migration, peer = %peer.id, vm = %hello.vm.name, "a migration comes in");
-    driver.feed(DestinationEvent::Message(Message::Hello(hello)));
+    driver.hear(Message::Hello(hello));
     let outcome = driver.drive(inners, lanes, arrivals, &cancel).await;
     tracing::info!(migration = %tag.migration, ?outcome, "an incoming migration ended");
     driver.end().await;
@@ -190,6 +191,11 @@ impl Driver {
         self.engine.handle(now(), event);
     }
 
+    fn hear(&mut self, message: Message) {
+        failpoints::pass(failpoints::destination_hears(&message));
+        self.feed(DestinationEvent::Message(message));
+    }
+
     fn show(&self) {
         let Some(progress) = &self.progress else { return };
         let (state, rounds, counters) = (self.engine.state(), self.rounds, &self.counters);
@@ -221,6 +227,7 @@ impl Driver {
         match event {
             LaneEvent::Round(RoundCounts { round, pages, zero_pages, .. }) => {
                 self.rounds = round;
+                failpoints::pass(Some(Point::DestinationRoundArrived));
                 self.feed(DestinationEvent::RoundArrived { round, pages, zero_pages, bytes: pages.saturating_mul(PAGE_BYTES) });
             }
             // With everything loaded, only the control channel counts.
@@ -238,7 +245,7 @@ impl Driver {
             Arrival::Lane(number, lane) => self.join(number, lane),
             Arrival::Doubt(control, message) => {
                 self.control = Some(control);
-                self.feed(DestinationEvent::Message(message));
+                self.hear(message);
             }
         }
     }
@@ -249,7 +256,10 @@ impl Driver {
             Some(lanes) => lanes.join(number, lane).map(|()| lanes.joined()),
         };
         match joined {
-            Ok(joined) if joined == self.wanted => self.feed(DestinationEvent::LanesJoined),
+            Ok(joined) if joined == self.wanted => {
+                failpoints::pass(Some(Point::DestinationLanesJoined));
+                self.feed(DestinationEvent::LanesJoined);
+            }
             Ok(_) => {}
             Err(error) => self.feed(DestinationEvent::HostFailed { task: HostTask::Lanes, words: error.to_string() }),
         }
@@ -259,7 +269,7 @@ impl Driver {
         let wrong = match received {
             Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
                 Ok(()) => match self.opens(&message) {
-                    Ok(()) => return self.feed(DestinationEvent::Message(message)),
+                    Ok(()) => return self.hear(message),
                     Err(words) => (Code::Violation, words),
                 },
                 Err(error) => (error.code(), error.to_string()),
@@ -295,6 +305,7 @@ impl Driver {
 
     fn send(&mut self, message: &Message) {
         let Some(control) = &self.control else { return };
+        failpoints::pass(failpoints::destination_says(message));
         if let Err(error) = control.send(self.tag.migration, self.tag.generation, message) {
             let _ = self.inner.send(Inner::Event(DestinationEvent::LinkLost(error.to_string())));
         }

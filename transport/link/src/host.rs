@@ -76,6 +76,11 @@ pub trait SourceHost: Send + 'static {
     /// # Errors
     /// In words. Then it is not known whether the record is there.
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError>;
+    /// What a person has decided about a guest in doubt, as if the destination had said it. It is durable: asked before the
+    /// destination is.
+    fn decided(&mut self) -> Option<VerdictAnswer> {
+        None
+    }
     /// CPU seconds that the VMM spent on this migration, as far as the host can tell.
     fn cpu_seconds(&mut self) -> f64 {
         0.0

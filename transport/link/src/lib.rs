@@ -15,6 +15,7 @@ pub mod control;
 mod destination;
 pub mod direct;
 pub mod driver;
+pub mod failpoints;
 pub mod host;
 mod hosted;
 pub mod key;

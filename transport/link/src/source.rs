@@ -4,6 +4,7 @@
 use crate::control::ControlError;
 use crate::direct::{LaneMemory, RemoteKeys};
 use crate::driver::{Cancel, ask_verdict, counted, now, until};
+use crate::failpoints::{self, Point};
 use crate::host::SourceHost;
 use crate::hosted::{Called, Hosted};
 use crate::lanes::{LaneCounters, LaneEvent, LaneSender, RoundCounts};
@@ -30,6 +31,8 @@ use tokio::time::Instant as Moment;
 
 /// How long the reason for a broken lane may take to arrive on the control channel.
 pub(crate) const LANE_GRACE: Duration = Duration::from_millis(250);
+/// How long the host may take to say whether a person has decided.
+const DECIDED_MAX: Duration = Duration::from_secs(1);
 /// How often progress of the lanes is told.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 /// How long a host may take to end what it was asked before the migration ends without it.
@@ -58,6 +61,8 @@ struct Driver {
     /// Lanes that are ending, on threads of their own.
     ending: Vec<JoinHandle<()>>,
     opening: Option<AbortHandle>,
+    /// The question of a source in doubt.
+    asking: Option<AbortHandle>,
     keys: Arc<RemoteKeys>,
     /// Whether pages are checked, where the link can do so.
     page_check: Option<bool>,
@@ -159,6 +164,7 @@ pub(crate) async fn run(
         lanes: None,
         ending: Vec::new(),
         opening: None,
+        asking: None,
         keys: Arc::new(keys),
         page_check: None,
         counters: Arc::default(),
@@ -228,6 +234,7 @@ impl Driver {
                 });
                 match started {
                     Ok(lanes) => {
+                        failpoints::pass(Some(Point::SourceLanesOpen));
                         self.lanes = Some(lanes);
                         self.feed(SourceEvent::LanesOpen);
                     }
@@ -241,6 +248,7 @@ impl Driver {
         match event {
             LaneEvent::Round(RoundCounts { round, pages, zero_pages, bytes_on_wire }) => {
                 self.moving = false;
+                failpoints::pass(Some(Point::SourceRoundSent));
                 self.feed(SourceEvent::PagesSent(RoundSent { round, pages, zero_pages, bytes_on_wire }));
             }
             // With everything sent, only the control channel counts.
@@ -258,6 +266,7 @@ impl Driver {
             Ok((header, message)) => match header.expect(self.tag.migration, self.tag.generation) {
                 Ok(()) => {
                     self.heard = true;
+                    failpoints::pass(failpoints::source_hears(&message));
                     match &message {
                         Message::Accept(accept) => self.version = accept.version,
                         Message::Keys(given) => {
@@ -310,10 +319,12 @@ impl Driver {
     fn send(&mut self, message: &Message) {
         let Some(control) = &self.control else { return };
         self.said = true;
+        failpoints::pass(failpoints::source_says(message));
         if let Err(error) = control.send(self.tag.migration, self.tag.generation, message) {
             // The engine hears of it as of any other loss, after what it is doing now.
             let _ = self.inner.send(Inner::Event(SourceEvent::LinkLost(error.to_string())));
         }
+        failpoints::pass(matches!(message, Message::Commit).then_some(Point::SourceSaidCommit));
     }
 
     fn apply_all(&mut self) -> Option<SourceOutcome> {
@@ -433,13 +444,32 @@ impl Driver {
     fn settle(&mut self, released: bool) {
         self.control = None;
         let (link, inner, tag) = (self.link.clone(), self.inner.clone(), self.tag);
-        tokio::spawn(async move {
-            let event = match ask_verdict(&*link, tag.migration, tag.generation, released).await {
-                Ok(answer) => SourceEvent::Verdict(answer),
-                Err(error) => SourceEvent::LinkLost(error.to_string()),
+        let (say, said) = oneshot::channel();
+        self.host.call(
+            HostTask::Guest,
+            |host| Ok(host.decided()),
+            |decided| {
+                let _ = say.send(decided.ok().flatten());
+            },
+        );
+        // An older question must not arrive after a decision.
+        let asking = tokio::spawn(async move {
+            // A host that hangs has decided nothing.
+            let decided = tokio::time::timeout(DECIDED_MAX, said).await.ok().and_then(Result::ok).flatten();
+            failpoints::pass(Some(Point::SourceAsks));
+            let event = match decided {
+                Some(answer) => SourceEvent::Verdict(answer),
+                None => match ask_verdict(&*link, tag.migration, tag.generation, released).await {
+                    Ok(answer) => SourceEvent::Verdict(answer),
+                    Err(error) => SourceEvent::LinkLost(error.to_string()),
+                },
             };
+            failpoints::pass(matches!(event, SourceEvent::Verdict(_)).then_some(Point::SourceHearsVerdict));
             let _ = inner.send(Inner::Event(event));
         });
+        if let Some(older) = self.asking.replace(asking.abort_handle()) {
+            older.abort();
+        }
     }
 
     fn close(&mut self) {

@@ -4,7 +4,7 @@
 use crate::memory::{MemoryMap, PAGES_PER_WORD, PageRange};
 
 /// A set of page numbers below a fixed bound.
-#[derive(Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub struct PageSet {
     words: Vec<u64>,
 }

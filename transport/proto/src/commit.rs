@@ -58,7 +58,8 @@ pub enum DestinationVerdict {
     /// Nothing is written about it: it was never ready.
     NoRecord,
     /// Ready and neither running nor discarded by the journal. If its VMM still waits, it may still be committed or
-    /// discarded; if its VMM runs the guest, write `Running`; if its VMM is gone, write `Discarded`.
+    /// discarded; if its VMM runs the guest, write `Running`; if its VMM is gone, the guest may have run here, and nothing is
+    /// written: only a person can decide.
     Undecided,
     /// It runs here, or did: the source must never resume.
     Running,

@@ -252,7 +252,7 @@ impl DestinationConfig {
 }
 
 /// What the lanes did in one round so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct RoundSent {
     /// Which round.
     pub round: u32,
@@ -366,7 +366,7 @@ pub enum SourceAction {
 }
 
 /// How a migration ended for its source.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum SourceOutcome {
     /// The guest runs at the destination.
     Committed,
@@ -519,8 +519,10 @@ pub enum DestinationOutcome {
         /// Who gave up.
         by: Side,
         /// Whether the journal says so durably. Before `ready` that is not needed; after it, false means that the
-        /// journal could not be written and the agent has to write it before it answers anyone.
+        /// journal could not be written.
         durable: bool,
+        /// Whether the VMM is left as it is, because `ready` may be durable and this is not: the agent has to decide again.
+        left: bool,
     },
     /// Committed, and the VMM could not be brought to run the guest. It is on no host until someone acts.
     Stuck {

@@ -4,7 +4,7 @@ use crate::time::Instant;
 use std::time::Duration;
 
 /// Watches one control channel.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub(crate) struct Keepalive {
     interval: Duration,
     silence_max: Duration,

@@ -14,7 +14,7 @@ pub enum NoConvergence {
 }
 
 /// When to stop the guest, and when to give up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PrecopyPolicy {
     /// The downtime to aim at.
     pub downtime_target: Duration,
@@ -64,7 +64,7 @@ pub enum Decision {
 }
 
 /// What was measured so far.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Precopy {
     policy: PrecopyPolicy,
     rate: Option<u64>,

@@ -11,7 +11,7 @@ pub const RECORDS_MAX: usize = 4096;
 pub const STATE_BYTES_MAX: usize = 64 << 20;
 
 /// State of one vCPU, chip or device.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Record {
     /// What it is, as the VMM numbers its kinds.
     pub kind: u16,

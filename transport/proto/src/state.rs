@@ -332,6 +332,12 @@ impl SourceState {
     pub fn is_stopped(self) -> bool {
         (SourceState::Stopping..=SourceState::GivingBack).contains(&self)
     }
+
+    /// Whether it may have given the guest away: a cancel has no effect any more.
+    #[must_use]
+    pub fn is_committing(self) -> bool {
+        (SourceState::Releasing..=SourceState::Committed).contains(&self)
+    }
 }
 
 /// The source's table: what each state waits for. What may happen anywhere is in [`source_rule`].

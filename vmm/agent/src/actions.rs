@@ -1,11 +1,10 @@
 //! What the agent does with each request of a command. Thin: guests are in `vms`, moves in `outgoing`, and so on.
 
 use crate::agent::Agent;
-use crate::api::{Answer, ApiError, Direction, HostInfo, JobInfo, JobState, Request, Response, VerdictInfo};
+use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot};
+use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot, verdict};
 use limosa_announce::Announcer;
-use limosa_proto::commit;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +12,11 @@ use std::time::Duration;
 /// How often a watcher hears of a job at most.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Carries out `request`.
-pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies) -> Result<Answer, ApiError> {
+/// How long a cancel waits for its effect.
+const CANCEL_MAX: Duration = Duration::from_secs(1);
+
+/// Carries out `request` of `who`.
+pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies, who: &str) -> Result<Answer, ApiError> {
     match request {
         Request::VmStart { config } => start(agent, config, replies).await,
         Request::VmList => blocking(agent, |agent| Ok(Answer::Vms(agent.vms.list()))).await,
@@ -60,12 +62,33 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies)
         Request::Jobs { watch: true } => watch_all(agent, replies).await,
         Request::Job { id, watch: false } => job(agent, id).map(|job| Answer::Job(Box::new(job))),
         Request::Job { id, watch: true } => follow(agent, id, replies).await,
-        Request::Cancel { id } => {
-            agent.jobs.cancel(id, "cancelled by command").map_err(|words| ApiError::refused("cancel", words))?;
-            Ok(Answer::Done(format!("job {id} is asked to stop; `limosa job {id} --watch` shows how it ends")))
-        }
-        Request::Verdict { id } => verdict(agent, id).map(Answer::Verdict),
+        Request::Cancel { id } => cancel(agent, id).await.map(Answer::Done),
+        Request::Verdict { id, decide } => verdict::verdict(agent, id, decide, who).await.map(Answer::Verdict),
         Request::Announce { vm } => blocking(agent, move |agent| announce(agent, &vm)).await,
+    }
+}
+
+/// Cancels a job, and says what that means where it is.
+async fn cancel(agent: &Arc<Agent>, id: u64) -> Result<String, ApiError> {
+    let refused = |words: String| ApiError::refused("cancel", words);
+    let mut changed = agent.jobs.watch();
+    agent.jobs.cancel(id, "cancelled by command").map_err(refused)?;
+    let ended =
+        async { while job(agent, id).is_ok_and(|info| info.state == JobState::Running) && changed.changed().await.is_ok() {} };
+    // Before the commit it ends at once, whatever the other host does.
+    let _ = tokio::time::timeout(CANCEL_MAX, ended).await;
+    let info = job(agent, id)?;
+    match info.state {
+        JobState::Aborted | JobState::Refused => Ok(format!("job {id} is cancelled: {}", info.words)),
+        JobState::Done => Err(refused(format!("job {id} was past its commit: it is done, and cannot be cancelled"))),
+        JobState::InDoubt => {
+            Err(refused(format!("job {id} is past its commit and in doubt: it ends when the hosts can talk again")))
+        }
+        JobState::Running if info.progress.as_ref().is_some_and(|progress| progress.committing) => Err(refused(format!(
+            "job {id} is at its commit, which nobody can take back: either the guest runs at the destination, or it comes back by \
+             itself; `limosa job {id} --watch` shows it"
+        ))),
+        JobState::Running => Ok(format!("job {id} is asked to stop; `limosa job {id} --watch` shows how it ends")),
     }
 }
 
@@ -154,35 +177,6 @@ async fn watch_all(agent: &Arc<Agent>, replies: &Replies) -> Result<Answer, ApiE
         }
         tokio::time::sleep(WATCH_INTERVAL * 2).await;
     }
-}
-
-fn verdict(agent: &Agent, id: u64) -> Result<VerdictInfo, ApiError> {
-    let info = job(agent, id)?;
-    if info.direction == Direction::Saving {
-        return Err(ApiError::refused("no-journal", format!("job {id} moved no guest: it saved {}", info.vm)));
-    }
-    let (migration, generation) = (info.migration.parse(), limosa_proto::identity::Generation(info.generation));
-    let migration = migration.map_err(|e| ApiError::refused("no-journal", format!("job {id}: {e}")))?;
-    let records = agent.journal().of(migration, generation);
-    let words = match info.direction {
-        Direction::Outgoing => match commit::source_verdict(&records, migration, generation) {
-            commit::SourceVerdict::NoRecord => "nothing was promised: the guest is this host's",
-            commit::SourceVerdict::GuestIsOurs => "the guest is this host's",
-            commit::SourceVerdict::AskDestination => {
-                "the guest was released and the destination has not answered since: this host asks it again and again and does \
-                 not run the guest meanwhile"
-            }
-            commit::SourceVerdict::Gone => "the guest runs at the destination",
-        },
-        _ => match commit::destination_verdict(&records, migration, generation) {
-            commit::DestinationVerdict::NoRecord => "this host never promised to run the guest: it is the source's",
-            commit::DestinationVerdict::Undecided => "the guest is ready here and waits for the source's word",
-            commit::DestinationVerdict::Running => "the guest is this host's",
-            commit::DestinationVerdict::Discarded => "this host gave the guest up for good: it is the source's",
-        },
-    };
-    let journal = records.iter().map(|record| format!("{:?} {}", record.kind, record.words).trim().to_string()).collect();
-    Ok(VerdictInfo { job: id, state: info.state, journal, words: words.into() })
 }
 
 fn announce(agent: &Agent, vm: &str) -> Result<Answer, ApiError> {

@@ -6,16 +6,34 @@ use crate::config::Config;
 use crate::cpu::Learnt;
 use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
-use crate::journal::{Journal, JournalError};
+use crate::journal::{self, Journal};
 use crate::links::Links;
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
+use limosa_proto::journal::JournalError;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A journal's disk with less room than this takes no migration: some hundred records.
+const ROOM_BYTES_MIN: u64 = 64 << 10;
+
+/// Why the journal cannot be used, and what to do about it.
+fn journal_words(error: &JournalError) -> String {
+    let remedy = match error {
+        JournalError::Io { cause, .. } => match cause.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "; its disk is full: free some space there",
+            std::io::ErrorKind::ReadOnlyFilesystem => "; its disk is read-only: make it writable (`mount -o remount,rw`)",
+            _ => "; the agent does not run without it",
+        },
+        _ => "",
+    };
+    format!("{error}{remedy}")
+}
 
 /// The agent's parts.
 #[derive(Debug)]
@@ -29,6 +47,7 @@ pub(crate) struct Agent {
     pub(crate) links: Links,
     pub(crate) cpu: Learnt,
     stopping: AtomicBool,
+    started: Instant,
 }
 
 impl Agent {
@@ -46,14 +65,14 @@ impl Agent {
         directory(&config.state_dir, 0o700)?;
         directory(&config.state_dir.join("vm"), 0o700)?;
         directory(&config.run_dir, 0o755)?;
-        let (journal, warnings) = Journal::open(&config.state_dir).map_err(|e| refused(e.to_string()))?;
+        let (journal, warnings) = journal::open(&config.state_dir).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
-        let (links, cpu) = (Links::default(), Learnt::default());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping }, warnings))
+        let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
+        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
     }
 
     /// The journal, for reading.
@@ -63,14 +82,56 @@ impl Agent {
 
     /// Writes a record durably.
     pub(crate) fn write(&self, record: &JournalRecord) -> Result<(), JournalError> {
-        let written = self.journal().append(record);
+        self.write_if(record, |_| true).map(drop)
+    }
+
+    /// Writes a record durably if what the journal says of its attempt allows it: nobody writes between the look and the
+    /// writing. Whether it was written.
+    pub(crate) fn write_if(
+        &self,
+        record: &JournalRecord,
+        fits: impl FnOnce(&[JournalRecord]) -> bool,
+    ) -> Result<bool, JournalError> {
+        let mut journal = self.journal();
+        if !fits(&journal.of(record.migration, record.generation)) {
+            return Ok(false);
+        }
+        let written = journal.append(record);
+        drop(journal);
         match &written {
             Ok(()) => {
                 tracing::info!(kind = ?record.kind, migration = %record.migration, generation = record.generation.0, vm = %record.vm, "journal")
             }
             Err(error) => tracing::error!(%error, kind = ?record.kind, "the journal could not be written"),
         }
-        written
+        written.map(|()| true)
+    }
+
+    /// Whether a migration could be written down now: none is begun or let in that could not.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub(crate) fn can_record(&self) -> Result<(), String> {
+        let file = self.config.state_dir.join(journal::FILE_NAME);
+        let unwritable = |why: &str| Err(format!("the journal {} cannot be written: {why}", file.display()));
+        if self.journal().is_broken() {
+            return unwritable("an earlier write failed and could not be undone; restart the agent once the disk is well");
+        }
+        let disk = nix::sys::statvfs::statvfs(&self.config.state_dir).map_err(|e| format!("{}: {e}", file.display()))?;
+        if disk.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
+            return unwritable("its disk is read-only; make it writable (`mount -o remount,rw`), and look at the kernel's log");
+        }
+        // Root may use what is kept back for it.
+        let free = if nix::unistd::geteuid().is_root() { disk.blocks_free() } else { disk.blocks_available() };
+        if free.saturating_mul(disk.fragment_size()) < ROOM_BYTES_MIN {
+            return unwritable("its disk is full; free some space there");
+        }
+        Ok(())
+    }
+
+    /// How long ago it started.
+    pub(crate) fn since_start(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether the agent is about to end.

@@ -112,10 +112,13 @@ pub enum Request {
         /// Its number.
         id: u64,
     },
-    /// What is known about whom a guest belongs to.
+    /// What is known about whom a guest belongs to, and an operator's decision.
     Verdict {
         /// The job's number.
         id: u64,
+        /// The decision, if there is one.
+        #[serde(default)]
+        decide: Option<Decide>,
     },
     /// Tell the network where a guest is, once more.
     Announce {
@@ -427,6 +430,8 @@ impl JobState {
 pub struct JobProgress {
     /// What it is doing, as the protocol names it.
     pub phase: String,
+    /// Whether the guest may have been given away already: nothing is cancelled any more.
+    pub committing: bool,
     /// Round of pre-copy, from 1.
     pub round: u32,
     /// Bytes that are still to be sent in this round.
@@ -501,6 +506,28 @@ pub struct SnapshotInfo {
     pub guest: String,
 }
 
+/// What an operator decides about a guest in doubt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decide {
+    /// Whose the guest is.
+    pub whose: Whose,
+    /// Why; it is written down.
+    pub reason: String,
+    /// Whether the operator has made sure of what the other host does, which cannot be asked.
+    #[serde(default)]
+    pub looked: bool,
+}
+
+/// Whose a guest is, to the host that is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Whose {
+    /// This host's: it runs here.
+    Here,
+    /// Not this host's: its VMM here ends.
+    Gone,
+}
+
 /// What is known about a migration in doubt.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VerdictInfo {
@@ -510,6 +537,10 @@ pub struct VerdictInfo {
     pub state: JobState,
     /// What this host's journal says, oldest first.
     pub journal: Vec<String>,
+    /// What the other host says, if it can be asked now.
+    pub other: String,
+    /// What the guest's VMM on this host says.
+    pub vmm: String,
     /// What follows from it.
     pub words: String,
 }

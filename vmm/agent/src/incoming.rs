@@ -17,6 +17,7 @@ use crate::process::memory_available;
 use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
 use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
@@ -24,8 +25,9 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
-use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::record::Record;
+use limosa_proto::recovery::Ended;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
@@ -72,7 +74,8 @@ impl Hosting for Reception {
             bytes_on_wire: 0,
         });
         let (done, ended) = oneshot::channel();
-        tokio::spawn(show(Arc::clone(agent), job, hello.vm.memory.bytes(), seen, ended));
+        let attempt = (hello.vm.id, header.migration, header.generation);
+        tokio::spawn(show(Arc::clone(agent), job, attempt, hello.vm.memory.bytes(), seen, ended));
         let receiving = Receiving {
             agent: Arc::clone(agent),
             job,
@@ -120,6 +123,7 @@ fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> Job
 async fn show(
     agent: Arc<Agent>,
     job: u64,
+    (vm, migration, generation): (VmId, MigrationId, Generation),
     memory_bytes: u64,
     mut seen: watch::Receiver<IncomingProgress>,
     ended: oneshot::Receiver<DestinationOutcome>,
@@ -139,7 +143,13 @@ async fn show(
     }
     let end =
         |state, words: String, code: Option<Code>| Ending { state, words, code: code.map(|code| code.to_string()), report: None };
-    let ending = match ended.await {
+    let ended = ended.await;
+    match &ended {
+        Ok(DestinationOutcome::Running) => settle::owe(&agent, migration, generation, Ended::Came),
+        Ok(DestinationOutcome::Discarded { left: true, .. }) => settle::decide_again(&agent, job, vm, migration, generation),
+        _ => {}
+    }
+    let ending = match ended {
         Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
         Ok(DestinationOutcome::Refused(refusal)) => end(JobState::Refused, refusal.words(), Some(refusal.code)),
         Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
@@ -157,6 +167,10 @@ fn reasons(agent: &Agent, vm: &VmDescription) -> Vec<Reason> {
     let mut found = Vec::new();
     if agent.is_stopping() {
         found.push(Reason { id: Code::Shutdown.id().into(), words: "the destination's agent is stopping".into() });
+    }
+    if let Err(words) = agent.can_record() {
+        tracing::error!(words, "no guest is let in");
+        found.push(Reason { id: "journal".into(), words: fit(&format!("the destination: {words}"), WORDS_BYTES_MAX) });
     }
     if !plain_name(&vm.name) {
         let words = fit(&format!("the guest's name {:?} is none here: {NAME_WANTS}", vm.name), WORDS_BYTES_MAX);
@@ -207,6 +221,15 @@ struct Receiving {
     reaching: Option<mpsc::Receiver<Reached>>,
 }
 
+/// The points before and after a destination's record is durable.
+fn points(kind: JournalRecordKind) -> [Point; 2] {
+    match kind {
+        JournalRecordKind::Running => [Point::DestinationRunningUnwritten, Point::DestinationRunningWritten],
+        JournalRecordKind::Discarded => [Point::DestinationDiscardedUnwritten, Point::DestinationDiscardedWritten],
+        _ => [Point::DestinationReadyUnwritten, Point::DestinationReadyWritten],
+    }
+}
+
 impl Receiving {
     fn vm(&self) -> Result<&Arc<Vm>, HostError> {
         self.vm.as_ref().map(Claim::vm).ok_or_else(|| HostError::new("no guest was let in"))
@@ -231,6 +254,8 @@ impl Drop for Receiving {
 
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
+        failpoints::pass(Some(Point::DestinationChecking));
+        settle::await_its_vmm(&self.agent, vm.id);
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
@@ -243,6 +268,7 @@ impl DestinationHost for Receiving {
     }
 
     fn prepare(&mut self, vm: &VmDescription) -> Result<Arc<dyn Pages>, HostError> {
+        failpoints::at(Point::DestinationPreparing)?;
         let guest = Arc::clone(self.vm()?);
         self.launched = true;
         let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
@@ -252,6 +278,7 @@ impl DestinationHost for Receiving {
         guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
         guest.on_lost(Some(self.cancel.clone()));
+        failpoints::at(Point::DestinationLaunched)?;
         let mut description = vm.clone();
         // Looked at again: the VMM gets paths without links, and follows none in them.
         disks::put_paths(&self.agent.config.storage, &mut description).map_err(HostError::new)?;
@@ -264,22 +291,28 @@ impl DestinationHost for Receiving {
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
         let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(Point::DestinationPrepared)?;
         Ok(Arc::new(GuestPages(memory)))
     }
 
     fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
-        self.connection()?.load(&records).map(drop).map_err(host_error)
+        failpoints::at(Point::DestinationLoading)?;
+        self.connection()?.load(&records).map(drop).map_err(host_error)?;
+        failpoints::at(Point::DestinationLoaded)
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationResuming)?;
         resume(self.vm()?, Duration::ZERO)?;
         self.resumed = Instant::now();
-        Ok(())
+        failpoints::at(Point::DestinationResumed)
     }
 
     fn hold(&mut self) -> Result<(), HostError> {
         hold(self.vm()?, Duration::ZERO)?;
         let taken = self.connection()?.status().map_err(host_error)?.state == Plugged::Paused;
+        // Asked before the guest is loaded, it is only to be remembered.
+        self.vm()?.set_may_have_run(taken);
         if taken {
             self.vm()?.set_state(VmState::Held);
         }
@@ -287,6 +320,7 @@ impl DestinationHost for Receiving {
     }
 
     fn announce(&mut self) -> Result<Vec<String>, HostError> {
+        failpoints::at(Point::DestinationAnnouncing)?;
         let guest = Arc::clone(self.vm()?);
         // It runs here now: whoever wants it next may have it.
         guest.on_lost(None);
@@ -300,7 +334,9 @@ impl DestinationHost for Receiving {
         self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
-        announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)
+        let told = announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)?;
+        failpoints::at(Point::DestinationAnnounced)?;
+        Ok(told)
     }
 
     fn reach(&mut self) -> Option<Reaching> {
@@ -309,6 +345,7 @@ impl DestinationHost for Receiving {
     }
 
     fn discard(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::DestinationDiscarding)?;
         self.announce_end.store(true, Ordering::Release);
         let Some(claim) = self.vm.take() else { return Ok(()) };
         let guest = claim.vm();
@@ -321,11 +358,14 @@ impl DestinationHost for Receiving {
         guest.end_within(DISCARD_MAX);
         self.agent.vms.remove(guest.id);
         settle::forget_process(&self.agent, guest.id);
-        Ok(())
+        failpoints::at(Point::DestinationDiscarded)
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        let [unwritten, written] = points(record.kind);
+        failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(written)?;
         if record.kind == JournalRecordKind::Running {
             settle::forget_process(&self.agent, record.vm);
         }

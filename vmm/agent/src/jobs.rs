@@ -32,6 +32,14 @@ struct Table {
 struct Entry {
     info: JobInfo,
     cancel: Cancel,
+    /// Held by whoever asks the other host about it.
+    asking: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Entry {
+    fn new(info: JobInfo, cancel: Cancel) -> Entry {
+        Entry { info, cancel, asking: Arc::default() }
+    }
 }
 
 /// How a job came to its end, or into doubt.
@@ -66,7 +74,7 @@ impl Jobs {
             let path = file?.path();
             let info = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<JobInfo>(&bytes).ok());
             if let Some(info) = info {
-                jobs.insert(info.id, Entry { info, cancel: Cancel::new() });
+                jobs.insert(info.id, Entry::new(info, Cancel::new()));
             }
         }
         let next = jobs.last_key_value().map_or(1, |(last, _)| last + 1);
@@ -80,7 +88,7 @@ impl Jobs {
         let id = table.next;
         table.next += 1;
         let cancel = Cancel::new();
-        table.jobs.insert(id, Entry { info: make(id), cancel: cancel.clone() });
+        table.jobs.insert(id, Entry::new(make(id), cancel.clone()));
         drop(table);
         self.tell();
         (id, cancel)
@@ -146,6 +154,12 @@ impl Jobs {
         for entry in self.lock().jobs.values().filter(|entry| entry.info.state == JobState::Running) {
             entry.cancel.cancel(words);
         }
+    }
+
+    /// Held by whoever asks the other host about a job: one at a time.
+    #[must_use]
+    pub fn asking(&self, id: u64) -> Arc<tokio::sync::Mutex<()>> {
+        self.lock().jobs.get(&id).map(|entry| Arc::clone(&entry.asking)).unwrap_or_default()
     }
 
     /// One job.

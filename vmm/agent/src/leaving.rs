@@ -10,14 +10,17 @@ use crate::links;
 use crate::networks;
 use crate::outgoing::{KeptFrames, Prepared, Sending, resolve};
 use crate::pages::GuestPages;
+use crate::settle;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
+use limosa_link::failpoints::{self, Point};
 use limosa_link::{Cancel, LaneSettings, Link, run_source_over};
 use limosa_proto::event::{Course, Deadlines, Side, SourceConfig, SourceOutcome};
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::memory::PAGE_BYTES;
 use limosa_proto::precopy::{NoConvergence, PrecopyPolicy};
 use limosa_proto::progress::Progress;
+use limosa_proto::recovery::Ended;
 use limosa_proto::report::{LinkTried, Measured, Report};
 use limosa_proto::state::SourceState;
 use limosa_proto::wire::code::Code;
@@ -108,12 +111,13 @@ pub(crate) async fn carry_out(
     cancel: Cancel,
 ) {
     let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
+    failpoints::pass(Some(Point::SourceBegins));
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
     let kept = KeptFrames::default();
     let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept };
     let (outcome, report) = leaving.leave(wanted).await;
-    let Leaving { agent, vm, kept, .. } = leaving;
+    let Leaving { agent, vm, kept, migration, generation, .. } = leaving;
     // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
     let _ = tokio::task::spawn_blocking(move || drop(marks)).await;
     let mut ending = ending(&outcome, report);
@@ -122,13 +126,22 @@ pub(crate) async fn carry_out(
     {
         ending.words = format!("{}; {words}", ending.words);
     }
+    if let Some((_, words)) = vm.decided() {
+        ending.words = words;
+    }
     tracing::info!(job = id, vm = vm.name, state = ?ending.state, words = ending.words, "the migration has ended");
+    match &outcome {
+        SourceOutcome::Committed => settle::owe(&agent, migration, generation, Ended::Gone),
+        SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => settle::owe(&agent, migration, generation, Ended::Stayed),
+        SourceOutcome::InDoubt { .. } => {}
+    }
     let finishing = Arc::clone(&agent);
     let finish = move || {
         match outcome {
             SourceOutcome::Committed => {
                 // The destination has announced the guest once by now, so they find the way.
                 send_on(&vm.name, &kept);
+                failpoints::pass(Some(Point::SourceEndsVmm));
                 let told = vm.connection().map(|connection| connection.release());
                 if let Some(Err(error)) = told {
                     tracing::debug!(vm = vm.name, %error, "the VMM did not take the order to end; it is ended");
@@ -137,12 +150,14 @@ pub(crate) async fn carry_out(
                 finishing.vms.remove(vm.id);
             }
             SourceOutcome::InDoubt { .. } => vm.set_state(VmState::Paused),
+            SourceOutcome::Aborted { guest_runs: false, .. } if !vm.has_ended() => settle::keep_taking_up(&vm),
             SourceOutcome::Aborted { .. } | SourceOutcome::Refused(_) => {}
         }
         drop(claim);
     };
     // A VMM that takes long to end must not hold up the threads that answer others.
     let _ = tokio::task::spawn_blocking(finish).await;
+    failpoints::pass(Some(Point::SourceEnds));
     agent.jobs.end(id, ending);
 }
 
@@ -319,6 +334,7 @@ async fn show(agent: Arc<Agent>, id: u64, mut seen: watch::Receiver<Progress>) {
 fn job_progress(progress: &Progress) -> JobProgress {
     JobProgress {
         phase: progress.state.to_string(),
+        committing: progress.state.is_committing(),
         round: progress.round,
         bytes_remaining: progress.pages_remaining.saturating_mul(PAGE_BYTES),
         memory_bytes: progress.memory_bytes,

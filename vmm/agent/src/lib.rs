@@ -31,6 +31,7 @@ mod run;
 mod serve;
 mod settle;
 mod snapshot;
+mod verdict;
 mod vm;
 pub mod vm_config;
 mod vms;

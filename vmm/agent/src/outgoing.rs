@@ -8,9 +8,11 @@ use crate::disks::{self, Marks};
 use crate::hosts::Host;
 use crate::leaving;
 use crate::pages::GuestPages;
+use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::{HostError, Pages, SourceHost};
 use limosa_plug::{HugePages, PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
@@ -18,7 +20,7 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::identity::MigrationId;
 use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
-use limosa_proto::wire::message::VmDescription;
+use limosa_proto::wire::message::{VerdictAnswer, VmDescription};
 use ring::rand::SecureRandom as _;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -107,6 +109,7 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
     if agent.is_stopping() {
         return Err(ApiError::refused("shutdown", "the agent is stopping"));
     }
+    agent.can_record().map_err(|words| ApiError::refused("journal", words))?;
     let most = agent.config.migration.outgoing_max;
     if agent.jobs.running(Direction::Outgoing) >= most {
         let words = format!("{most} guests are leaving already, and no more may (migration.outgoing_max)");
@@ -135,6 +138,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     // From here on nobody else pauses or resumes it.
     plan.paused = claim.vm().state() == VmState::Held;
     let failed = |words: String| ApiError::refused("vmm-failed", words);
+    settle::before_it_leaves(agent, claim.vm().id).map_err(|error| ApiError::refused("journal", error.to_string()))?;
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
     let mut description = claim.vm().with_learned(described.description.clone());
@@ -166,7 +170,11 @@ pub(crate) fn host_error(error: PlugError) -> HostError {
 /// Resumes the guest of `vm`; that it runs already is fine.
 pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
     let connection = vm.connection_within(patience).map_err(HostError::new)?;
-    match connection.resume() {
+    let resumed = connection.resume();
+    if !resumed.as_ref().is_err_and(PlugError::is_undone) {
+        vm.set_may_have_run(true);
+    }
+    match resumed {
         Ok(_) => {}
         // After a lost answer the order may already have been carried out.
         Err(error @ PlugError::Refused { .. }) => match connection.status() {
@@ -189,6 +197,16 @@ pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
     match given {
         Err(_) if vm.has_ended() => Ok(()),
         given => given,
+    }
+}
+
+/// The points before and after a source's record is durable.
+fn points(kind: JournalRecordKind) -> [Point; 2] {
+    match kind {
+        JournalRecordKind::Released => [Point::SourceReleasedUnwritten, Point::SourceReleasedWritten],
+        JournalRecordKind::Running => [Point::SourceRunningUnwritten, Point::SourceRunningWritten],
+        JournalRecordKind::Aborted => [Point::SourceAbortedUnwritten, Point::SourceAbortedWritten],
+        _ => [Point::SourceStartedUnwritten, Point::SourceStartedWritten],
     }
 }
 
@@ -223,26 +241,35 @@ impl SourceHost for Sending {
     }
 
     fn start_tracking(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::SourceTracking)?;
         self.connection()?.track(true).map_err(host_error)
     }
 
     fn fetch_dirty(&mut self) -> Result<PageSet, HostError> {
+        failpoints::at(Point::SourceFetching)?;
         self.connection()?.fetch_dirty().map_err(host_error)
     }
 
     fn pause(&mut self) -> Result<(), HostError> {
-        self.connection()?.pause().map(drop).map_err(host_error)
+        failpoints::at(Point::SourcePausing)?;
+        self.connection()?.pause().map(drop).map_err(host_error)?;
+        failpoints::at(Point::SourcePaused)
     }
 
     fn save(&mut self) -> Result<Vec<Record>, HostError> {
+        failpoints::at(Point::SourceSaving)?;
         self.keep_frames();
-        self.connection()?.save().map_err(host_error)
+        let records = self.connection()?.save().map_err(host_error)?;
+        failpoints::at(Point::SourceSaved)?;
+        Ok(records)
     }
 
     fn resume(&mut self) -> Result<(), HostError> {
         // They are in the guest's own queue.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        resume(&self.vm, REPLUG_MAX)
+        failpoints::at(Point::SourceResuming)?;
+        resume(&self.vm, REPLUG_MAX)?;
+        failpoints::at(Point::SourceResumed)
     }
 
     fn stop_tracking(&mut self) -> Result<(), HostError> {
@@ -250,6 +277,7 @@ impl SourceHost for Sending {
     }
 
     fn release(&mut self) -> Result<(), HostError> {
+        failpoints::at(Point::SourceReleasing)?;
         self.used = self.vm.cpu_seconds() - self.began;
         // Its end is expected from here on. It is told to end when the network knows where the guest is: until then frames
         // for the guest come to the TAP that ends with it (`leaving`).
@@ -258,12 +286,29 @@ impl SourceHost for Sending {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        let decided = match self.vm.decided() {
+            Some((VerdictAnswer::Discarded, _)) => Some(JournalRecordKind::Aborted),
+            Some(_) => Some(JournalRecordKind::Running),
+            None => None,
+        };
+        if decided == Some(record.kind) {
+            // It is written already, with who decided it and why. What the destination says against it is a fact, and is written.
+            return Ok(());
+        }
+        let [unwritten, written] = points(record.kind);
+        failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
+        failpoints::at(written)?;
         if record.kind == JournalRecordKind::Released {
             // Commit is said after this returns: the destination finds the images free, and what is in them whole.
             give_up_disks(&self.vm)?;
+            failpoints::at(Point::SourceDisksGivenUp)?;
         }
         Ok(())
+    }
+
+    fn decided(&mut self) -> Option<VerdictAnswer> {
+        self.vm.decided().map(|(answer, _)| answer)
     }
 
     fn cpu_seconds(&mut self) -> f64 {

@@ -17,7 +17,11 @@ const REPLUG_MAX: Duration = Duration::from_secs(3);
 /// Holds the guest of `vm`: it stands still until its operator says otherwise. One that is loaded is this host's then.
 pub(crate) fn hold(vm: &Vm, patience: Duration) -> Result<(), HostError> {
     let connection = vm.connection_within(patience).map_err(HostError::new)?;
-    match connection.hold() {
+    let held = connection.hold();
+    if !held.as_ref().is_err_and(PlugError::is_undone) {
+        vm.set_may_have_run(true);
+    }
+    match held {
         Ok(_) => {}
         Err(error @ PlugError::Refused { .. }) => return Err(host_error(error)),
         // After a lost answer the order may already have been carried out.

@@ -1,9 +1,9 @@
 //! The agent's end of the API: a UNIX socket, one request a connection, lines of JSON back.
 //! What is done with a request is in `actions`; the types are in `api`.
 
-use crate::actions;
 use crate::agent::Agent;
 use crate::api::{ApiError, REQUEST_BYTES_MAX, Request, Response};
+use crate::{actions, verdict};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -93,7 +93,7 @@ async fn answer(agent: Arc<Agent>, stream: UnixStream) {
     let (sender, receiver) = mpsc::channel(LINES_MAX);
     let work = async {
         let replies = Replies(sender);
-        let response = match actions::act(&agent, request, &replies).await {
+        let response = match actions::act(&agent, request, &replies, &verdict::who(user.ok())).await {
             Ok(answer) => Response::Result(answer),
             Err(error) => Response::Error(error),
         };

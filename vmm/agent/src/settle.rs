@@ -1,31 +1,31 @@
 //! What a restart, or a lost link, has left open: whom does each guest belong to? Answered from the journal, from
 //! what the VMMs say when they plug in anew, and by asking the other host.
 //!
-//! The rules are `limosa_proto::commit`'s. A guest is never resumed here on a guess: only where this host never
-//! released it, or where the destination has durably given it up.
+//! What is to be done is decided by `limosa_proto::recovery`; here it is carried out.
 
 use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
-use crate::jobs::{Ending, unix_ms};
+use crate::jobs::Ending;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
 use crate::process::birth;
 use crate::vm::{Vm, VmState};
 use limosa_link::driver::VerdictError;
+use limosa_link::failpoints::{self, Point};
 use limosa_link::quic::QuicLink;
 use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
 use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
+use limosa_proto::journal::JournalError;
+use limosa_proto::recovery::{
+    self, ASK_INTERVAL, Answered, Asked, AtStart, Ended, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX, RETRY,
+};
 use limosa_proto::wire::message::VerdictAnswer;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// First and longest wait between two questions to a destination.
-const ASK_INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How long a VMM may take to plug in after a restart of the agent, before it is looked for.
-const REPLUG_MAX: Duration = Duration::from_secs(5);
 /// How long a VMM may take to end.
 const END_MAX: Duration = Duration::from_secs(2);
 
@@ -38,87 +38,128 @@ fn deciding() -> MutexGuard<'static, ()> {
 
 /// Settles everything that the journal has left open. Called once, at the start, within the runtime.
 pub(crate) fn begin(agent: &Arc<Agent>) {
+    failpoints::pass(Some(Point::SourceRecoveryBegins));
     let unsettled = agent.journal().unsettled();
     for (migration, generation) in unsettled {
         let records = agent.journal().of(migration, generation);
         let Some(last) = records.last().cloned() else { continue };
-        match commit::source_verdict(&records, migration, generation) {
-            SourceVerdict::GuestIsOurs => {
-                let words = "the agent was restarted before the commit; the guest stays here";
-                note(agent, &last, JournalRecordKind::Aborted, words);
+        match recovery::at_start(&records, migration, generation) {
+            AtStart::Settle(settled) => {
+                if !note(agent, &last, settled) {
+                    owe(agent, migration, generation, Ended::Stayed);
+                }
             }
-            SourceVerdict::AskDestination => {
+            AtStart::Ask => {
                 let job = doubtful_job(agent, &last, Direction::Outgoing);
                 tokio::spawn(ask(Arc::clone(agent), job, last));
             }
-            SourceVerdict::Gone | SourceVerdict::NoRecord => {
-                if commit::destination_verdict(&records, migration, generation) == DestinationVerdict::Undecided {
-                    let job = doubtful_job(agent, &last, Direction::Incoming);
-                    let agent = Arc::clone(agent);
-                    tokio::task::spawn_blocking(move || wait_for_word(&agent, job, &last));
-                }
+            AtStart::Wait => {
+                let job = doubtful_job(agent, &last, Direction::Incoming);
+                let agent = Arc::clone(agent);
+                tokio::task::spawn_blocking(move || wait_for_word(&agent, job, &last));
             }
+            AtStart::Nothing => {}
         }
     }
 }
 
 fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> u64 {
+    let vm = record.vm.to_string();
     let (id, _) = agent.jobs.begin(|id| JobInfo {
-        id,
-        direction,
-        vm: record.vm.to_string(),
-        vm_id: record.vm.to_string(),
-        peer: agent.hosts.shown(record.peer),
-        migration: record.migration.to_string(),
-        generation: record.generation.0,
         state: JobState::InDoubt,
-        began_unix_ms: unix_ms(),
-        ended_unix_ms: None,
-        progress: None,
-        report: None,
-        announcements: Vec::new(),
-        snapshot: None,
         words: "the agent was restarted in the middle of the commit".into(),
-        code: None,
+        ..JobInfo::begun(id, direction, &vm, &vm, agent.hosts.shown(record.peer)).of(record.migration, record.generation)
     });
     id
 }
 
-fn note(agent: &Agent, of: &JournalRecord, kind: JournalRecordKind, words: &str) -> bool {
-    let record = JournalRecord { kind, words: words.into(), ..of.clone() };
-    agent.write(&record).is_ok()
+/// Writes `what` about the attempt of `of`; whether it is durable.
+fn note(agent: &Agent, of: &JournalRecord, what: Note) -> bool {
+    agent.write(&what.of(of)).is_ok()
+}
+
+/// The destination's job of a decided attempt, where its engine has ended in doubt.
+fn close(agent: &Agent, of: &JournalRecord, what: Note) {
+    let (migration, generation) = (of.migration.to_string(), of.generation.0);
+    let state = if what.kind == JournalRecordKind::Running { JobState::Done } else { JobState::Aborted };
+    for job in agent.jobs.all() {
+        if job.state == JobState::InDoubt && job.migration == migration && job.generation == generation {
+            agent.jobs.end(job.id, ending(state, what.words));
+        }
+    }
 }
 
 /// Source: asks the destination again and again until it says whose the guest is.
 async fn ask(agent: Arc<Agent>, job: u64, released: JournalRecord) {
     let mut wait = ASK_INTERVAL.0;
     loop {
-        let words = match given_up_and_asked(&agent, &released).await {
-            Ok(VerdictAnswer::Running) => {
-                note(&agent, &released, JournalRecordKind::Running, "the destination says so");
-                let (gone, vm) = (Arc::clone(&agent), released.vm);
-                let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
+        let alone = agent.jobs.asking(job).lock_owned().await;
+        let records = agent.journal().of(released.migration, released.generation);
+        match commit::source_verdict(&records, released.migration, released.generation) {
+            SourceVerdict::AskDestination => {}
+            // An operator has decided meanwhile.
+            _ if agent.jobs.get(job).is_none_or(|info| info.state.ended()) => return,
+            // Its VMM has plugged in, and runs it.
+            SourceVerdict::GuestIsOurs => return agent.jobs.end(job, ending(JobState::Aborted, "the guest runs on here")),
+            SourceVerdict::Gone | SourceVerdict::NoRecord => {}
+        }
+        failpoints::pass(Some(Point::SourceRecoveryAsks));
+        let answer = given_up_and_asked(&agent, &released).await;
+        failpoints::pass(answer.is_ok().then_some(Point::SourceRecoveryHears));
+        let words = match answer.map(recovery::answered) {
+            Ok(Answered::Gone(settled)) => {
+                let here = is_here(&agent, &released);
+                if !note(&agent, &released, settled) {
+                    // Asked again: a VMM that plugs in meanwhile finds no word on its guest.
+                    drop(alone);
+                    tokio::time::sleep(wait).await;
+                    continue;
+                }
+                failpoints::pass(Some(Point::SourceRecoveryWritten));
+                if here {
+                    let (gone, vm) = (Arc::clone(&agent), released.vm);
+                    let _ = tokio::task::spawn_blocking(move || end_vm(&gone, vm, true)).await;
+                }
                 return agent.jobs.end(job, ending(JobState::Done, "the guest runs at the destination"));
             }
-            Ok(VerdictAnswer::Discarded) => {
-                note(&agent, &released, JournalRecordKind::Aborted, "the destination has given it up");
+            Ok(Answered::GivenBack(settled)) => {
+                let here = is_here(&agent, &released);
+                if !note(&agent, &released, settled) {
+                    if agent.vms.with_id(released.vm).is_none() {
+                        drop(alone);
+                        tokio::time::sleep(wait).await;
+                        continue;
+                    }
+                    // The destination's word is durable and enough.
+                    owe(&agent, released.migration, released.generation, Ended::Stayed);
+                }
                 let (back, vm) = (Arc::clone(&agent), released.vm);
-                let words = tokio::task::spawn_blocking(move || give_back(&back, vm)).await.unwrap_or_default();
+                let words = if here {
+                    tokio::task::spawn_blocking(move || give_back(&back, vm)).await.unwrap_or_default()
+                } else {
+                    "the destination has given it up, and it has moved on since".to_owned()
+                };
                 return agent.jobs.end(job, ending(JobState::Aborted, &words));
             }
-            Ok(VerdictAnswer::Pending) => "the destination has not decided yet; it is asked again".to_string(),
-            Ok(_) => "the destination has no record of this migration, which proves nothing; it is asked again".to_string(),
+            Ok(Answered::Again(words)) => words.to_owned(),
             Err(words) => words,
         };
         agent.jobs.update(job, |info| info.words = words);
+        drop(alone);
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(ASK_INTERVAL.1);
     }
 }
 
+/// Whether what is heard of this attempt says something of the VMM that is here now.
+fn is_here(agent: &Agent, attempt: &JournalRecord) -> bool {
+    let claimed = agent.vms.with_id(attempt.vm).is_some_and(|vm| vm.is_claimed());
+    !claimed && recovery::is_latest(agent.journal().records(), attempt)
+}
+
 /// To ask is as good as Commit, so what only one host may hold is given up first; a VMM that is not plugged in has either
 /// ended, and holds nothing, or is asked to when it comes back.
-async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRecord) -> Result<VerdictAnswer, String> {
+pub(crate) async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRecord) -> Result<VerdictAnswer, String> {
     if let Some(vm) = agent.vms.with_id(released.vm).filter(|vm| vm.connection().is_some()) {
         let given = tokio::task::spawn_blocking(move || give_up_disks(&vm)).await;
         let given = given.map_err(|e| e.to_string())?;
@@ -169,116 +210,232 @@ fn give_back(agent: &Agent, id: VmId) -> String {
         Some(vm) => match take_up(&vm, REPLUG_MAX) {
             Ok(()) if vm.state() == VmState::Held => "the guest is here, paused as its operator left it".into(),
             Ok(()) => "the guest runs on here".into(),
-            Err(error) => format!("the guest is this host's again, and could not be resumed: {error}"),
+            Err(error) => {
+                keep_taking_up(&vm);
+                format!("the guest is this host's again, and could not be resumed; it is tried again and again: {error}")
+            }
         },
     }
 }
 
+/// An operator has decided about a guest that no driver carries; `record` is his decision, and durable. Blocking.
+pub(crate) fn decided(agent: &Agent, job: u64, record: &JournalRecord, here: bool) {
+    let _one = deciding();
+    let words = if here { give_back(agent, record.vm) } else { "the guest is not this host's".to_owned() };
+    if !here {
+        end_vm(agent, record.vm, record.kind == JournalRecordKind::Running);
+    } else if let Some(vm) = agent.vms.with_id(record.vm).filter(|_| record.kind == JournalRecordKind::Running) {
+        // It came here, and nobody was told.
+        tell(agent, &vm);
+    }
+    forget_process(agent, record.vm);
+    let state = if record.kind == JournalRecordKind::Running { JobState::Done } else { JobState::Aborted };
+    agent.jobs.end(job, ending(state, &format!("{}; {words}", record.words)));
+}
+
 /// A VMM that nobody expected has plugged in: what is to be done with its guest?
 pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
+    failpoints::pass(Some(Point::DestinationRecoveryPluggedIn));
+    let one = deciding();
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
-    let Some(last) = records.iter().max_by_key(|record| record.generation) else {
-        match state {
-            Plugged::Paused => own(vm),
-            // It came in, and `ready` was never written: the source has never heard of it and runs the guest.
-            Plugged::Loaded => end_vm(agent, vm.id, false),
-            _ => {}
-        }
-        return;
-    };
-    let (migration, generation) = (last.migration, last.generation);
-    let of_last = |record: &&JournalRecord| record.migration == migration && record.generation == generation;
-    let left = records.iter().filter(of_last).any(|r| matches!(r.kind, JournalRecordKind::Started | JournalRecordKind::Released));
-    if left {
-        match commit::source_verdict(&records, migration, generation) {
-            SourceVerdict::AskDestination => {
-                tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused");
-                // The destination may be waiting for its disks by now.
-                if let Err(error) = give_up_disks(vm) {
-                    tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
-                }
-            }
-            SourceVerdict::Gone => end_vm(agent, vm.id, true),
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Paused => own(vm),
-            // Its restore ended with the agent, and nothing of it was promised.
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord if state == Plugged::Loaded => end_vm(agent, vm.id, false),
-            SourceVerdict::GuestIsOurs | SourceVerdict::NoRecord => {}
-        }
-        return;
+    let found = recovery::plugged_in(&records, says(state));
+    if let Some((of, running)) = &found.note {
+        note(agent, of, *running);
     }
-    let _one = deciding();
-    match (commit::destination_verdict(&records, migration, generation), state) {
-        (DestinationVerdict::Undecided, Plugged::Running) => {
-            note(agent, last, JournalRecordKind::Running, "its VMM runs it");
+    match found.fate {
+        Fate::Left => {}
+        Fate::Own => own(vm),
+        Fate::End { ran } => end_vm(agent, vm.id, ran),
+        Fate::Doubt => {
+            // It may take long, and decides nothing.
+            drop(one);
+            tracing::warn!(vm = vm.name, "the guest is in doubt and stays paused");
+            if let Err(error) = give_up_disks(vm) {
+                tracing::error!(vm = vm.name, %error, "the VMM does not give the guest's disks up");
+            }
         }
-        // Only a commit takes a guest out of the state in which it was loaded.
-        (DestinationVerdict::Undecided, Plugged::Paused) => {
-            note(agent, last, JournalRecordKind::Running, "its VMM has taken it");
-            own(vm);
-        }
-        (DestinationVerdict::Running, Plugged::Paused | Plugged::Loaded) | (DestinationVerdict::NoRecord, Plugged::Paused) => {
-            own(vm)
-        }
-        (DestinationVerdict::Discarded | DestinationVerdict::NoRecord, Plugged::Loaded) => end_vm(agent, vm.id, false),
-        _ => {}
     }
 }
 
+/// A VMM that nobody uses has ended. Where the guest surely never ran in it, a source that has released it gets it back.
+pub(crate) fn vmm_ended(agent: &Agent, vm: &Vm) {
+    let _one = deciding();
+    if vm.may_have_run() {
+        return;
+    }
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
+    if let Some((of, given_up)) = recovery::vmm_ended_unrun(&records)
+        && note(agent, &of, given_up)
+    {
+        tracing::warn!(vm = vm.name, "the VMM ended before the guest ran here: the guest is given up");
+        close(agent, &of, given_up);
+        forget_process(agent, vm.id);
+    }
+}
+
+/// What a VMM says, in the words of the rules.
+fn says(state: Plugged) -> Says {
+    match state {
+        Plugged::Running => Says::Running,
+        Plugged::Paused => Says::Paused,
+        Plugged::Loaded => Says::Loaded,
+        Plugged::Waiting | Plugged::Prepared => Says::Incoming,
+    }
+}
+
+/// What the VMM says of itself now, if it can be asked.
+fn state_of(vm: &Vm) -> Option<Says> {
+    vm.connection().and_then(|connection| connection.status().ok()).map(|status| says(status.state))
+}
+
 /// A guest that stands still is this host's: it runs on, unless its operator holds it.
-fn own(vm: &Vm) {
+fn own(vm: &Arc<Vm>) {
     match take_up(vm, Duration::ZERO) {
         Ok(()) if vm.state() == VmState::Held => {
             tracing::info!(vm = vm.name, "the guest is this host's; its operator has paused it")
         }
         Ok(()) => tracing::info!(vm = vm.name, "the guest was paused and is this host's; it runs on"),
-        Err(error) => tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed"),
+        Err(error) => {
+            tracing::error!(vm = vm.name, %error, "the guest is this host's and could not be resumed; it is tried again and again");
+            keep_taking_up(vm);
+        }
     }
+}
+
+/// A guest that is this host's and could not be resumed is tried again until it runs or is held, or its VMM has ended.
+pub(crate) fn keep_taking_up(vm: &Arc<Vm>) {
+    // Nobody else takes a guest in this state.
+    vm.set_state(VmState::Paused);
+    let guest = Arc::clone(vm);
+    let work = move || {
+        while guest.state() == VmState::Paused && !guest.has_ended() {
+            std::thread::sleep(RETRY);
+            if guest.state() == VmState::Paused && take_up(&guest, Duration::ZERO).is_ok() {
+                tracing::info!(vm = guest.name, "the guest runs on, or stands still as its operator left it");
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("take-up".into()).spawn(work) {
+        tracing::error!(vm = vm.name, %error, "no thread to resume the guest");
+    }
+}
+
+/// An engine has ended: what it could not write is tried until it is durable, or the agent ends.
+pub(crate) fn owe(agent: &Arc<Agent>, migration: MigrationId, generation: Generation, ended: Ended) {
+    let (agent, records) = (Arc::clone(agent), agent.journal().of(migration, generation));
+    let (Some(last), Some(owed)) = (records.last().cloned(), recovery::owed(&records, ended)) else { return };
+    let work = move || {
+        loop {
+            std::thread::sleep(RETRY);
+            if agent.is_stopping() || recovery::owed(&agent.journal().of(migration, generation), ended).is_none() {
+                return;
+            }
+            note(&agent, &last, owed);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("owed".into()).spawn(work) {
+        tracing::error!(%migration, %error, "no thread to write the journal");
+    }
+}
+
+/// Puts on record that a guest came here, before it leaves.
+pub(crate) fn before_it_leaves(agent: &Agent, vm: VmId) -> Result<(), JournalError> {
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    recovery::before_it_leaves(&records).into_iter().try_for_each(|(of, came)| agent.write(&came.of(&of)))
+}
+
+/// Destination: the engine gave a guest up and could not write so. As long as its VMM is there it can be decided again.
+pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: MigrationId, generation: Generation) {
+    let agent = Arc::clone(agent);
+    tokio::task::spawn_blocking(move || {
+        while !agent.is_stopping() {
+            std::thread::sleep(RETRY);
+            if agent.vms.with_id(vm).is_some_and(|vm| vm.is_claimed()) {
+                continue;
+            }
+            let records = agent.journal().of(migration, generation);
+            match commit::destination_verdict(&records, migration, generation) {
+                DestinationVerdict::Running => return,
+                DestinationVerdict::Undecided => records.iter().take(1).for_each(|ready| give_up(&agent, job, ready)),
+                // What was not taken back may be found by the next agent, which then needs the VMM.
+                DestinationVerdict::NoRecord if agent.journal().is_broken() => {}
+                DestinationVerdict::NoRecord | DestinationVerdict::Discarded => return end_vm(&agent, vm, false),
+            }
+        }
+    });
+}
+
+/// Waits until a VMM that was here when this agent started had time to plug in: its guest is not let in beside it.
+pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) {
+    if agent.vms.with_id(vm).is_some() {
+        return;
+    }
+    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    std::thread::sleep(recovery::wait_before_admitting(&records, process_lives(agent, vm), agent.since_start()));
 }
 
 /// Destination: a source asks about a migration that no driver carries any more.
 pub(crate) fn verdict(
-    agent: &Agent,
+    agent: &Arc<Agent>,
     peer: HostId,
     migration: MigrationId,
     generation: Generation,
     released: bool,
 ) -> VerdictAnswer {
+    failpoints::pass(Some(Point::DestinationRecoveryAsked));
     let _one = deciding();
     let mut records = agent.journal().of(migration, generation);
     records.retain(|record| record.peer == peer);
-    let answer = commit::answer(&records, migration, generation);
-    let (VerdictAnswer::Pending, Some(ready)) = (answer, records.last()) else { return answer };
-    let Some(vm) = agent.vms.with_id(ready.vm) else { return VerdictAnswer::Pending };
-    if vm.is_claimed() {
-        // Its driver has not ended yet and decides.
-        return VerdictAnswer::Pending;
+    let ready = records.last();
+    // One that has ended says nothing; `vmm_ended` does.
+    let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm)).filter(|vm| vm.is_claimed() || !vm.has_ended());
+    let here = |vm: &Arc<Vm>| {
+        let claimed = vm.is_claimed();
+        GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
+    };
+    // A VMM that lives and is not plugged in yet does not say.
+    let silent = || ready.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
+    let guest = vm.as_ref().map(here).or_else(silent);
+    let mut asked = recovery::asked(&records, migration, generation, released, guest);
+    if agent.journal().is_broken() {
+        asked = recovery::asked_while_broken(asked, guest);
     }
-    if released || is_taken(&vm) {
-        if let Err(error) = take_up(&vm, REPLUG_MAX) {
-            tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
-            return VerdictAnswer::Pending;
+    match (asked, ready, &vm) {
+        (Asked::Answer(answer), _, _) => {
+            if answer == VerdictAnswer::Unknown {
+                let (peer, generation) = (agent.hosts.shown(peer), generation.0);
+                tracing::warn!(peer, %migration, generation, "asked for a verdict on an attempt of which nothing is known with it");
+            }
+            answer
         }
-        note(agent, ready, JournalRecordKind::Running, "the source in doubt released it");
-        if vm.state() == VmState::Running {
-            tell(agent, &vm);
+        (Asked::TakeUp(taken), Some(ready), Some(vm)) => {
+            if let Err(error) = take_up(vm, REPLUG_MAX) {
+                tracing::error!(vm = vm.name, %error, "a committed guest could not be resumed");
+                return VerdictAnswer::Pending;
+            }
+            failpoints::pass(Some(Point::DestinationRecoveryTookUp));
+            if !note(agent, ready, taken) {
+                owe(agent, migration, generation, Ended::Came);
+            }
+            failpoints::pass(Some(Point::DestinationRecoveryWritten));
+            close(agent, ready, taken);
+            if vm.state() == VmState::Running {
+                tell(agent, vm);
+            }
+            VerdictAnswer::Running
         }
-        return VerdictAnswer::Running;
+        (Asked::Discard(given_up), Some(ready), _) if note(agent, ready, given_up) => {
+            end_vm(agent, ready.vm, false);
+            close(agent, ready, given_up);
+            VerdictAnswer::Discarded
+        }
+        _ => VerdictAnswer::Pending,
     }
-    if note(agent, ready, JournalRecordKind::Discarded, "the source asked for it back") {
-        end_vm(agent, vm.id, false);
-        return VerdictAnswer::Discarded;
-    }
-    VerdictAnswer::Pending
-}
-
-/// Whether the guest was committed to this host: it runs, or is held.
-fn is_taken(vm: &Vm) -> bool {
-    let status = vm.connection().and_then(|connection| connection.status().ok());
-    status.is_some_and(|status| matches!(status.state, Plugged::Running | Plugged::Paused))
 }
 
 /// Destination: waits for the source's word on a guest that was ready when the agent ended; then gives it up for good.
 fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
+    failpoints::pass(Some(Point::DestinationRecoveryWaits));
     let until = Instant::now() + agent.config.migration.ready_max.max(REPLUG_MAX);
     loop {
         std::thread::sleep(Duration::from_millis(100));
@@ -287,6 +444,7 @@ fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
         }
         let records = agent.journal().of(ready.migration, ready.generation);
         match commit::destination_verdict(&records, ready.migration, ready.generation) {
+            _ if agent.jobs.get(job).is_none_or(|info| info.state.ended()) => return,
             DestinationVerdict::Running => return agent.jobs.end(job, ending(JobState::Done, "the guest runs here")),
             DestinationVerdict::Discarded => {
                 return agent.jobs.end(job, ending(JobState::Aborted, "the guest was given up here"));
@@ -303,25 +461,25 @@ fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
 fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
     let _one = deciding();
     let records = agent.journal().of(ready.migration, ready.generation);
-    if commit::destination_verdict(&records, ready.migration, ready.generation) != DestinationVerdict::Undecided {
-        return;
-    }
     let vm = agent.vms.with_id(ready.vm);
-    let plugged = vm.as_ref().and_then(|vm| vm.connection());
-    if plugged.is_none() && process_lives(agent, ready.vm) {
-        // It may have been resumed just before the agent ended; nobody may say that it was not.
-        agent.jobs.update(job, |info| {
-            info.words = "the guest's VMM lives and does not plug in; nothing is decided before it does".into()
-        });
+    if vm.as_ref().is_some_and(|vm| vm.is_claimed()) {
+        // Another attempt has this guest now, and its driver decides.
         return;
     }
-    if vm.as_ref().is_some_and(|vm| is_taken(vm)) {
-        note(agent, ready, JournalRecordKind::Running, "its VMM has taken it");
-        return;
-    }
-    if note(agent, ready, JournalRecordKind::Discarded, "the source's word did not come in time") {
-        end_vm(agent, ready.vm, false);
-        forget_process(agent, ready.vm);
+    let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
+    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
+    match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives) {
+        OutOfPatience::Settled => {}
+        OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => agent.jobs.update(job, |info| info.words = words.into()),
+        OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
+        OutOfPatience::Discard(given_up) => {
+            failpoints::pass(Some(Point::DestinationRecoveryGivesUp));
+            if note(agent, ready, given_up) {
+                failpoints::pass(Some(Point::DestinationRecoveryGivenUp));
+                end_vm(agent, ready.vm, false);
+                forget_process(agent, ready.vm);
+            }
+        }
     }
 }
 
@@ -343,7 +501,7 @@ pub(crate) fn forget_process(agent: &Agent, vm: VmId) {
     let _ = std::fs::remove_file(process_file(agent, vm));
 }
 
-fn process_lives(agent: &Agent, vm: VmId) -> bool {
+pub(crate) fn process_lives(agent: &Agent, vm: VmId) -> bool {
     let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
     let mut fields = text.split_whitespace().map(str::parse::<u64>);
     let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return false };

@@ -9,7 +9,7 @@ use limosa_link::Cancel;
 use limosa_plug::PlugConnection;
 use limosa_proto::identity::VmId;
 use limosa_proto::wire::limits::ADDRESSES_MAX;
-use limosa_proto::wire::message::{NicDescription, VmDescription};
+use limosa_proto::wire::message::{NicDescription, VerdictAnswer, VmDescription};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -60,6 +60,10 @@ struct Inner {
     /// What a migration wants to have cancelled when the VMM is lost.
     lost: Option<Cancel>,
     claimed: Option<&'static str>,
+    /// Whether the guest may have run in this VMM, or was committed to it.
+    may_have_run: bool,
+    /// What an operator has decided while a driver is in doubt about it, durably, and in which words.
+    decided: Option<(VerdictAnswer, String)>,
 }
 
 impl Vm {
@@ -78,6 +82,8 @@ impl Vm {
             learned: Vec::new(),
             lost: None,
             claimed: None,
+            may_have_run: state != VmState::Incoming,
+            decided: None,
         };
         Arc::new(Vm { id, name, inner: Mutex::new(inner), plugged: Condvar::new() })
     }
@@ -176,6 +182,25 @@ impl Vm {
 
     pub(crate) fn set_description(&self, description: VmDescription) {
         self.lock().description = Some(description);
+    }
+
+    /// An operator has decided, and it is durable.
+    pub(crate) fn decide(&self, answer: VerdictAnswer, words: String) {
+        self.lock().decided = Some((answer, words));
+    }
+
+    /// What an operator has decided.
+    pub(crate) fn decided(&self) -> Option<(VerdictAnswer, String)> {
+        self.lock().decided.clone()
+    }
+
+    /// Whether the guest may have run in this VMM, or was committed to it: for ever yes, once it may.
+    pub(crate) fn may_have_run(&self) -> bool {
+        self.lock().may_have_run
+    }
+
+    pub(crate) fn set_may_have_run(&self, may: bool) {
+        self.lock().may_have_run = may;
     }
 
     /// `cancel` is cancelled when the VMM is lost; none: nobody needs to know.
@@ -314,6 +339,7 @@ impl Drop for Claim {
         let mut inner = self.0.lock();
         inner.claimed = None;
         inner.lost = None;
+        inner.decided = None;
     }
 }
 

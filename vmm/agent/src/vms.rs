@@ -325,14 +325,15 @@ impl Vms {
     }
 
     /// Takes ended VMMs out of the table.
-    fn reap(&self) {
+    fn reap(&self, agent: &Agent) {
         let guests = self.lock().guests.clone();
-        for vm in guests.into_iter().filter(|vm| vm.state() != VmState::Incoming && vm.has_ended()) {
+        for vm in guests.into_iter().filter(|vm| vm.has_ended()) {
             if vm.is_claimed() {
                 // Whoever claimed it notices by the lost connection and needs it until then.
                 continue;
             }
             tracing::info!(vm = vm.name, "the VMM has ended");
+            settle::vmm_ended(agent, &vm);
             vm.end_within(Duration::ZERO);
             self.remove(vm.id);
         }
@@ -398,7 +399,7 @@ pub(crate) fn serve(agent: &Arc<Agent>, listener: &PlugListener) {
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        agent.vms.reap();
+        agent.vms.reap(agent);
     }
 }
 
@@ -468,6 +469,9 @@ fn adopt(agent: &Arc<Agent>, vm: &Arc<Vm>, connection: Arc<PlugConnection>, seri
         _ => VmState::Paused,
     };
     tracing::info!(vm = vm.name, id = %vm.id, pid = hello.pid, state = hello.state.words(), "a VMM has plugged in");
+    if hello.state == Plugged::Loaded {
+        vm.set_may_have_run(false);
+    }
     if !vm.is_claimed() {
         vm.set_state(state);
         settle::plugged_in(agent, vm, hello.state);

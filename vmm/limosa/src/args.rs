@@ -82,8 +82,8 @@ pub(crate) enum Command {
     },
     /// Stop a migration; the guest runs on at the source
     Cancel { id: u64 },
-    /// Whom the guest of a migration belongs to, as far as this host knows
-    Verdict { id: u64 },
+    /// Whom the guest of a migration belongs to: the facts of both hosts, and as a last resort a person's decision
+    Verdict(VerdictArgs),
     /// Tell the network once more where a guest is
     Announce { vm: String },
     /// The rules that say from which addresses guests may come, as the agent's configuration has them
@@ -466,6 +466,34 @@ fn parse_bridge(text: &str) -> Result<(String, String), String> {
     let (network, bridge) = pair.ok_or("NETWORK=BRIDGE or NETWORK=BRIDGE:VLAN is needed, such as lan=br0 or lan=br0:100")?;
     limosa_agent::vm_config::bridge_and_vlan(bridge)?;
     Ok((network.into(), bridge.into()))
+}
+
+/// `limosa verdict`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct VerdictArgs {
+    /// The job's number
+    pub(crate) id: u64,
+    /// Decide about a guest in doubt: "here" runs it on this host, "gone" ends its VMM on this host
+    #[arg(long, requires = "reason")]
+    pub(crate) decide: Option<WhoseArg>,
+    /// Why, written into the journal with who decided
+    #[arg(long, requires = "decide")]
+    pub(crate) reason: Option<String>,
+    /// You have made sure of what the other host does, which cannot be asked: for "here", that it does not run the guest and
+    /// never will
+    #[arg(long, requires = "decide", overrides_with = "no_i_have_looked_at_the_other_host")]
+    pub(crate) i_have_looked_at_the_other_host: bool,
+    #[arg(long, hide = true)]
+    pub(crate) no_i_have_looked_at_the_other_host: bool,
+}
+
+/// Whose a guest is.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum WhoseArg {
+    /// This host's
+    Here,
+    /// Not this host's
+    Gone,
 }
 
 #[cfg(test)]

@@ -145,7 +145,7 @@ impl PlugPeer {
             return Err(PlugError::Deadline { doing, waited_ms: HELLO_TIME_MAX.as_millis() });
         }
         let hello = match self.socket.receive().map_err(PlugError::io(doing))? {
-            Received::End => return Err(PlugError::Lost { doing, words: "it left without a word".to_owned() }),
+            Received::End => return Err(PlugError::Lost { doing, sent: false, words: "it left without a word".to_owned() }),
             Received::TooLarge { words, .. } => Err(Malformed::new("Hello", words)),
             Received::Message { bytes, .. } => parse_hello(&bytes),
         };
@@ -527,7 +527,7 @@ impl PlugConnection {
         {
             let mut waiting = lock(&self.link.waiting);
             if let Some(words) = &waiting.lost {
-                return Err(PlugError::Lost { doing, words: words.clone() });
+                return Err(PlugError::Lost { doing, sent: false, words: words.clone() });
             }
             waiting.request = Some((id, sender));
         }
@@ -535,7 +535,7 @@ impl PlugConnection {
             lock(&self.link.waiting).request = None;
             return Err(match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected => {
-                    PlugError::Lost { doing, words: error.to_string() }
+                    PlugError::Lost { doing, sent: false, words: error.to_string() }
                 }
                 _ => PlugError::Io { doing, source: error },
             });
@@ -546,7 +546,8 @@ impl PlugConnection {
             match error {
                 RecvTimeoutError::Timeout => PlugError::Deadline { doing, waited_ms: time.as_millis() },
                 RecvTimeoutError::Disconnected => {
-                    PlugError::Lost { doing, words: waiting.lost.clone().unwrap_or_else(|| "it ended".to_owned()) }
+                    let words = waiting.lost.clone().unwrap_or_else(|| "it ended".to_owned());
+                    PlugError::Lost { doing, sent: true, words }
                 }
             }
         })

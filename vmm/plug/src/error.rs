@@ -20,6 +20,8 @@ pub enum PlugError {
     Lost {
         /// What was being done.
         doing: &'static str,
+        /// Whether the VMM may have got the request, and done it.
+        sent: bool,
         /// How it was noticed.
         words: String,
     },
@@ -84,6 +86,12 @@ impl PlugError {
     #[must_use]
     pub fn is_unsupported(&self) -> bool {
         matches!(self, PlugError::Refused { status: Status::Unsupported | Status::UnknownKind, .. })
+    }
+
+    /// Whether the VMM surely has not done what it was asked: it was gone before, or says no.
+    #[must_use]
+    pub fn is_undone(&self) -> bool {
+        matches!(self, PlugError::Lost { sent: false, .. } | PlugError::Refused { .. })
     }
 
     /// Whether the connection is of no more use.

@@ -10,14 +10,14 @@ use crate::wire::message::{Message, Reached, ReadyTimes, RunningTimes, VerdictAn
 use std::time::Duration;
 
 /// `ready` is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Readying {
     load: Duration,
     since: Instant,
 }
 
 /// Committed: the guest is being resumed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Resuming {
     since: Instant,
     until: Instant,
@@ -25,7 +25,7 @@ pub(super) struct Resuming {
 }
 
 /// The guest runs here.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Running {
     announcing: bool,
     writing: bool,
@@ -33,12 +33,14 @@ pub(super) struct Running {
 }
 
 /// `discarded` is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Discarding {
     code: Code,
     words: String,
     by: Side,
     until: Instant,
+    /// Whether `ready` may be durable.
+    ready: bool,
 }
 
 fn us(duration: Duration) -> u64 {
@@ -185,17 +187,17 @@ pub(super) fn drop_unready(core: &mut Core, code: Code, words: &str, by: Side) -
         core.send(Message::Abort { code, words: words.clone() });
     }
     core.close_link();
-    core.done(DestinationOutcome::Discarded { code, words, by, durable: false })
+    core.done(DestinationOutcome::Discarded { code, words, by, durable: false, left: false })
 }
 
 /// Gives up when `ready` may be durable, or the source asks for a verdict: first the journal says so, then the VMM
-/// goes, then the source hears it. Commit has no effect any more.
-pub(super) fn discard(core: &mut Core, code: Code, words: &str, by: Side) -> State {
+/// goes, then the source hears it. Commit has no effect any more. `ready`: whether that may be durable.
+pub(super) fn discard(core: &mut Core, code: Code, words: &str, by: Side, ready: bool) -> State {
     let words = fit(words, WORDS_BYTES_MAX);
     core.journal(JournalRecordKind::Discarded, &words);
     let until = core.now.after(core.config.deadlines.finish);
     core.deadline = Some(until);
-    State::Discarding(Discarding { code, words, by, until })
+    State::Discarding(Discarding { code, words, by, until, ready })
 }
 
 impl Discarding {
@@ -217,7 +219,9 @@ impl Discarding {
     }
 
     fn end(self, core: &mut Core, durable: bool) -> State {
-        if core.prepared {
+        // Where `ready` is found after a restart and this is not, only the VMM can show that the guest never ran.
+        let left = core.prepared && !durable && self.ready;
+        if core.prepared && !left {
             core.act(DestinationAction::Discard);
         }
         if core.asked {
@@ -227,6 +231,6 @@ impl Discarding {
         }
         core.close_link();
         let Discarding { code, words, by, .. } = self;
-        core.done(DestinationOutcome::Discarded { code, words, by, durable })
+        core.done(DestinationOutcome::Discarded { code, words, by, durable, left })
     }
 }

@@ -18,17 +18,18 @@ use crate::wire::frame::LaneToken;
 use crate::wire::limits::{LANES_MAX, WORDS_BYTES_MAX, fit};
 use crate::wire::message::{DestinationReport, Message};
 use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 /// The destination's half, for one incoming migration.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub struct Destination {
     core: Core,
     state: State,
 }
 
 /// A state and what it owns.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 enum State {
     Listening,
     Checking(receiving::Asked),
@@ -45,7 +46,7 @@ enum State {
 }
 
 /// What every state has.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Core {
     config: DestinationConfig,
     now: Instant,
@@ -66,6 +67,28 @@ struct Core {
     asked: bool,
     report: DestinationReport,
     warnings: Vec<String>,
+}
+
+/// What decides how it goes on, as in the source's core. The report and the warnings are for people alone.
+impl Hash for Core {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Core {
+            config: _,
+            now: _,
+            started: _,
+            actions,
+            keepalive,
+            deadline,
+            vm,
+            memory_bytes,
+            paused,
+            prepared,
+            asked,
+            report: _,
+            warnings: _,
+        } = self;
+        (actions.len(), keepalive, deadline, vm, memory_bytes, paused, prepared, asked).hash(state);
+    }
 }
 
 /// Warnings kept; more are dropped.
@@ -335,7 +358,8 @@ impl State {
     fn fail(self, core: &mut Core, code: Code, words: String, by: Side) -> State {
         let name = self.name();
         if name >= DestinationState::Readying || core.asked && name != DestinationState::Listening {
-            ending::discard(core, code, &words, by)
+            let ready = name >= DestinationState::Readying;
+            ending::discard(core, code, &words, by, ready)
         } else {
             ending::drop_unready(core, code, &words, by)
         }

@@ -10,7 +10,7 @@ use crate::wire::version;
 use std::time::Duration;
 
 /// What the source asked for and what it is granted.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Asked {
     version: u16,
     lanes: u16,
@@ -19,7 +19,7 @@ pub(super) struct Asked {
 }
 
 /// Rounds and records so far.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Hash, Default)]
 pub(super) struct Receiving {
     rounds: u32,
     records: Vec<Record>,
@@ -29,7 +29,7 @@ pub(super) struct Receiving {
 }
 
 /// The VMM loads the state.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Loading {
     since: Instant,
 }

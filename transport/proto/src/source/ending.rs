@@ -8,8 +8,12 @@ use crate::wire::code::Code;
 use crate::wire::limits::{WORDS_BYTES_MAX, fit};
 use crate::wire::message::{Message, Refusal, VerdictAnswer};
 
+/// What a source in doubt says of that answer.
+pub(crate) const MAY_HAVE_RUN: &str = "the destination's VMM is gone and the guest may have run there: what is here may be old, and only a \
+                                       person can decide to go on from it";
+
 /// Given up; the guest is being resumed if it was stopped, and the journal written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Aborting {
     outcome: SourceOutcome,
     resuming: bool,
@@ -18,7 +22,7 @@ pub(super) struct Aborting {
 }
 
 /// Released, and nobody answers.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Doubt {
     released: bool,
     words: String,
@@ -26,7 +30,7 @@ pub(super) struct Doubt {
 }
 
 /// The destination has discarded: `aborted` is written, then the guest resumed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct GivingBack {
     words: String,
     resuming: bool,
@@ -34,7 +38,7 @@ pub(super) struct GivingBack {
 }
 
 /// The guest runs there.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Committed {
     writing: bool,
     listening: bool,
@@ -155,6 +159,7 @@ impl Doubt {
                 core,
                 "the destination has no record of this migration, which proves nothing: look there whether the guest runs",
             ),
+            SourceEvent::Verdict(VerdictAnswer::MayHaveRun) => self.wait(core, MAY_HAVE_RUN),
             SourceEvent::LinkLost(words) => self.wait(core, &format!("the destination cannot be asked: {words}")),
             SourceEvent::Timer => {
                 if core.config.in_doubt_max.is_some_and(|most| core.now >= self.since.after(most)) {

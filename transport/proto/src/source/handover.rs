@@ -12,7 +12,7 @@ use crate::wire::message::{Message, ReadyTimes, RunningTimes};
 use std::time::Duration;
 
 /// The guest is being paused.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Stopping {
     round: u32,
     owed: PageSet,
@@ -20,7 +20,7 @@ pub(super) struct Stopping {
 }
 
 /// Its state is being saved; then the last dirty pages are read, because saving can write memory.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Saving {
     round: u32,
     owed: PageSet,
@@ -30,7 +30,7 @@ pub(super) struct Saving {
 }
 
 /// The last round and the commit.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Handover {
     round: u32,
     pause: Instant,
@@ -41,7 +41,7 @@ pub(super) struct Handover {
 }
 
 /// `released` is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Releasing {
     handover: Handover,
     /// Why Commit cannot be sent on this link any more.

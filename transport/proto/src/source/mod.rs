@@ -2,7 +2,7 @@
 //! `rounds` (until the guest is stopped), `handover` (until it is committed) and `ending` (doubt and clean-up).
 //! It moves no page, opens no socket and writes no journal.
 
-mod ending;
+pub(crate) mod ending;
 mod handover;
 mod rounds;
 
@@ -20,17 +20,18 @@ use crate::wire::code::Code;
 use crate::wire::limits::{LANES_MAX, ROUNDS_MAX, WORDS_BYTES_MAX, fit};
 use crate::wire::message::Message;
 use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 /// The source's half.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub struct Source {
     core: Core,
     state: State,
 }
 
 /// A state and what it owns.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 enum State {
     Starting,
     Preamble,
@@ -52,7 +53,7 @@ enum State {
 }
 
 /// What every state has.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Core {
     config: SourceConfig,
     now: Instant,
@@ -73,6 +74,34 @@ struct Core {
     /// The last round that the destination has whole.
     round_done: u32,
     precopy: Precopy,
+}
+
+/// What decides how it goes on, for tools that tell states apart: of one configuration, engines that hash alike do alike, as
+/// long as what they gave was polled.
+impl Hash for Core {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Every field is named, so that a new one is not forgotten. The configuration never changes, `now` is set by the next
+        // event, and when it all began counts for the report alone.
+        let Core {
+            config: _,
+            now: _,
+            started: _,
+            actions,
+            progress,
+            keepalive,
+            deadline,
+            tracking,
+            guest_ended,
+            round_since,
+            rounds_since,
+            round_done,
+            precopy,
+        } = self;
+        // Of what is reported, this is what the engine itself looks at.
+        let rounds = progress.rounds.last().map(|last| last.round);
+        (progress.state, rounds, progress.pages_remaining, progress.round_pages, actions.len()).hash(state);
+        (keepalive, deadline, tracking, guest_ended, round_since, rounds_since, round_done, precopy).hash(state);
+    }
 }
 
 /// Warnings kept for the report; more are dropped.

@@ -13,7 +13,7 @@ use crate::wire::version;
 use std::time::Duration;
 
 /// What the destination granted.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Granted {
     lanes: u16,
     plaintext: bool,
@@ -22,13 +22,13 @@ pub(super) struct Granted {
 }
 
 /// Rounds while the guest runs.
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 pub(super) struct Rounds {
     round: u32,
     step: Step,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Hash)]
 enum Step {
     /// Pages are on their way.
     Sending,

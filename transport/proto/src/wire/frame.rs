@@ -7,6 +7,7 @@ use crate::identity::{Generation, MigrationId};
 use crate::memory::{MemoryMap, PAGE_BYTES, PageRange};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 /// First four bytes of a control header: "LMSA".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"LMSA");
@@ -58,6 +59,12 @@ impl PartialEq for LaneToken {
 }
 
 impl Eq for LaneToken {}
+
+impl Hash for LaneToken {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
 
 /// The first bytes on a lane; inside TLS where the lane is TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -152,7 +152,7 @@ pub struct Accept {
 }
 
 /// One reason why a guest cannot be taken.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Reason {
     /// A stable id for machines, for example "network-missing".
     #[serde(deserialize_with = "text::<_, NAME_BYTES_MAX>")]
@@ -163,7 +163,7 @@ pub struct Reason {
 }
 
 /// The destination does not take the guest. Nothing was changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Refusal {
     /// The first reason as a number.
     pub code: Code,
@@ -188,7 +188,7 @@ impl Refusal {
 }
 
 /// Where the destination's time went until it was ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct ReadyTimes {
     /// Loading the state into the VMM, in microseconds.
     pub load_us: u64,
@@ -204,7 +204,7 @@ pub struct RunningTimes {
 }
 
 /// Whether the guest answered the network at the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Reached {
     /// From its resume until its first answer, in microseconds; none: it was not heard.
     pub after_us: Option<u64>,
@@ -214,7 +214,7 @@ pub struct Reached {
 }
 
 /// What the destination has to tell for the report.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct DestinationReport {
     /// CPU time of agent and VMM for this migration, in microseconds.
     pub cpu_us: u64,
@@ -232,7 +232,7 @@ pub struct DestinationReport {
 }
 
 /// The destination's word on a generation that its source is in doubt about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum VerdictAnswer {
     /// The guest runs at the destination, or did.
@@ -243,6 +243,9 @@ pub enum VerdictAnswer {
     Pending,
     /// The destination has no record of this migration and generation. That proves nothing.
     Unknown,
+    /// It was ready, its VMM is gone, and nobody can say whether the guest ran there: the source must not resume what may be
+    /// older than what the guest has done since.
+    MayHaveRun,
 }
 
 /// A message of the control channel.

@@ -569,6 +569,37 @@ fn a_late_commit_is_not_accepted_after_discarded() {
     assert!(actions.iter().any(|action| action == "Send(Verdict(Discarded))"), "{actions:?}");
 }
 
+/// Found by `tests/sim` (seed 151): the journal broke, the VMM was thrown away, and the next agent found `ready` and nobody who
+/// could say that the guest had never run.
+#[test]
+fn a_discard_that_is_not_durable_leaves_the_vmm_that_can_tell() {
+    let gives_up = |state, why: DestinationEvent| {
+        let mut world = until_there(state);
+        let mut now = world.now;
+        let destination = world.destination.as_mut().unwrap();
+        destination.handle(now, why);
+        assert_eq!(destination.state(), DestinationState::Discarding);
+        let task = limosa_proto::destination::HostTask::Journal(JournalRecordKind::Discarded);
+        let mut actions = Vec::new();
+        while !destination.is_done() {
+            destination.handle(now, DestinationEvent::HostFailed { task, words: "no space".to_owned() });
+            now = destination.timeout().unwrap();
+            destination.handle(now, DestinationEvent::Timer);
+            actions.extend(std::iter::from_fn(|| destination.poll()));
+        }
+        let thrown_away = actions.contains(&limosa_proto::destination::DestinationAction::Discard);
+        let Some(limosa_proto::destination::DestinationAction::Done(outcome)) = actions.pop() else { panic!("{actions:?}") };
+        let DestinationOutcome::Discarded { durable: false, left, .. } = outcome else { panic!("{outcome:?}") };
+        (thrown_away, left)
+    };
+    let cancel = || DestinationEvent::Cancel("please".to_owned());
+    assert_eq!(gives_up(DestinationState::Ready, cancel()), (false, true));
+    assert_eq!(gives_up(DestinationState::Readying, cancel()), (false, true));
+    // Nothing was promised yet, so there is nothing to tell.
+    let asked = DestinationEvent::Message(Message::VerdictAsk { released: false });
+    assert_eq!(gives_up(DestinationState::Receiving, asked), (true, false));
+}
+
 #[test]
 fn a_guest_that_ends_is_not_said_to_run() {
     for state in [SourceState::Precopy, SourceState::Saving] {

@@ -1,8 +1,9 @@
 //! `limosa jobs`, `job`, `cancel`, `verdict`: migrations of this host.
 
 use super::{Context, Ended, strange};
+use crate::args::{VerdictArgs, WhoseArg};
 use crate::output;
-use limosa_agent::api::{Answer, Direction, JobInfo, Request, exit};
+use limosa_agent::api::{Answer, Decide, Direction, JobInfo, Request, Whose, exit};
 
 pub(crate) fn list(context: &Context, watch: bool) -> Ended {
     let mut progress = output::Progress::new(context.json);
@@ -54,14 +55,25 @@ pub(crate) fn show(context: &Context, id: u64, watch: bool) -> Ended {
     Ok(exit::DONE)
 }
 
-pub(crate) fn verdict(context: &Context, id: u64) -> Ended {
-    match context.ask(&Request::Verdict { id })? {
+pub(crate) fn verdict(context: &Context, args: VerdictArgs) -> Ended {
+    let looked = args.i_have_looked_at_the_other_host;
+    let decide = args.decide.map(|whose| Decide {
+        whose: match whose {
+            WhoseArg::Here => Whose::Here,
+            WhoseArg::Gone => Whose::Gone,
+        },
+        reason: args.reason.unwrap_or_default(),
+        looked,
+    });
+    match context.ask(&Request::Verdict { id: args.id, decide })? {
         Answer::Verdict(verdict) => {
             if context.json {
                 output::json(&verdict);
             } else {
                 verdict.journal.iter().for_each(output::line);
                 output::line(&verdict.words);
+                output::line(&verdict.vmm);
+                output::line(&verdict.other);
             }
             Ok(verdict.state.exit())
         }

@@ -1,0 +1,182 @@
+//! `limosa verdict`: the facts of both sides and, as a last resort, a person's decision about a guest in doubt, with every refusal;
+//! and verdicts asked by those who have no right to one. What hosts decide by themselves is in `kills`.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub)]
+
+use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_verdict};
+use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::wire::message::VerdictAnswer;
+use rig::command::Running;
+use rig::process::wait_for;
+use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, ensure, points, with_lab};
+use serde_json::Value;
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(20);
+const LOOKED: &str = "--i-have-looked-at-the-other-host";
+
+fn lab(test: impl FnOnce(&mut Lab, &GuestSpec) -> Result<()>) {
+    let config = AgentConfig::default().migration("keepalive_ms", 200).migration("silence_max_ms", 1000);
+    let binary = rig::lab::missing().is_none().then(|| points::binary().unwrap());
+    with_lab(AgentConfig { binary, ..config }, |lab| {
+        let guest = GuestSpec::new("web", 1).memory("64M", "8M").dirty("4M", "8M");
+        lab.guest(&guest)?;
+        test(lab, &guest)
+    });
+}
+
+/// The job of a host that is in doubt, once there is one.
+fn in_doubt(host: &Host) -> Result<String> {
+    wait_for(SOON, "a job in doubt", || {
+        let jobs = host.jobs()?;
+        Ok(jobs.iter().rfind(|job| job["state"] == "in_doubt").map(|job| job["id"].to_string()))
+    })
+}
+
+/// The destination is killed when it hears Commit, and stays away: the source is in doubt.
+fn destination_is_lost(lab: &mut Lab) -> Result<Running> {
+    lab.b.arm("destination-hears-commit", "kill")?;
+    let running = lab.a.start(&["--json", "migrate", "web", "--to", "b"])?;
+    lab.b.wait_agent_ended()?;
+    lab.b.disarm()?;
+    Ok(running)
+}
+
+fn verdict(host: &Host, job: &str, words: &[&str], code: i32) -> Result<Value> {
+    let mut args = vec!["--json", "verdict", job];
+    args.extend(words);
+    let output = host.limosa(&args)?.expect_code(code)?;
+    let text = if output.stdout.trim().is_empty() { output.stderr.trim() } else { output.stdout.trim() };
+    serde_json::from_str(text).with_context(|| format!("{output:?}"))
+}
+
+/// A decision that must be refused with this code, and change nothing.
+fn refused(host: &Host, job: &str, words: &[&str], code: &str) -> Result<()> {
+    let answer = verdict(host, job, words, 1)?;
+    ensure!(answer.to_string().contains(&format!("\"{code}\"")), "{answer}");
+    in_doubt(host).map(drop)
+}
+
+fn has_record(verdict: &Value, kind: &str, words: &str) -> bool {
+    let records = verdict["journal"].as_array().cloned().unwrap_or_default();
+    records.iter().filter_map(Value::as_str).any(|line| line.starts_with(kind) && line.contains(words))
+}
+
+#[test]
+fn a_person_decides_when_the_destination_is_gone_for_ever() {
+    lab(|lab, guest| {
+        let mut running = destination_is_lost(lab)?;
+        // Its VMM is dead too, so it surely does not run there; but who knows that here?
+        lab.b.vmms(None).into_iter().for_each(rig::process::kill);
+        let job = in_doubt(&lab.a)?;
+        let facts = verdict(&lab.a, &job, &[], 4)?;
+        ensure!(facts["state"] == "in_doubt" && has_record(&facts, "Released", ""), "{facts}");
+        ensure!(facts["other"].as_str().is_some_and(|words| words.contains("cannot be asked")), "{facts}");
+        ensure!(facts["vmm"].as_str().is_some_and(|words| words.contains("paused")), "{facts}");
+        refused(&lab.a, &job, &["--decide", "here", "--reason", "b burned down"], "not-known")?;
+        refused(&lab.a, &job, &["--decide", "gone", "--reason", "b burned down"], "not-known")?;
+        lab.a.limosa(&["verdict", &job, "--decide", "here"])?.expect_code(2)?;
+        lab.a.limosa(&["verdict", &job, "--decide", "here", "--reason", " ", LOOKED])?.expect_code(2)?;
+        lab.a.limosa(&["verdict", "999"])?.expect_code(1)?;
+        let decided = verdict(&lab.a, &job, &["--decide", "here", "--reason", "b burned down", LOOKED], 3)?;
+        ensure!(has_record(&decided, "Aborted", "decided by root (user 0): b burned down"), "{decided}");
+        running.wait(SOON)?.expect_code(4)?;
+        lab.a.guest_lives("web")?;
+        // There is nothing to decide any more.
+        let again = verdict(&lab.a, &job, &["--decide", "gone", "--reason", "no", LOOKED], 1)?;
+        ensure!(again.to_string().contains("not-in-doubt"), "{again}");
+        // The other host comes back and does not contradict it.
+        lab.b.restart_agent()?;
+        let other = in_doubt(&lab.b)?;
+        verdict(&lab.b, &other, &[], 4)?;
+        wait_for(SOON, "the destination to give it up", || {
+            Ok(lab.b.jobs()?.iter().all(|job| job["state"] != "in_doubt").then_some(()))
+        })
+        .or_else(|_| verdict(&lab.b, &other, &["--decide", "gone", "--reason", "it runs at a", LOOKED], 3).map(drop))?;
+        lab.unharmed(guest)
+    });
+}
+
+#[test]
+fn a_person_decides_after_a_restart_and_what_the_destination_says_counts() {
+    lab(|lab, guest| {
+        // Both agents die; the destination's VMM waits, and may be committed.
+        let mut running = destination_is_lost(lab)?;
+        in_doubt(&lab.a)?;
+        lab.a.kill_agent()?;
+        running.wait(SOON)?;
+        lab.a.restart_agent()?;
+        let job = in_doubt(&lab.a)?;
+        refused(&lab.a, &job, &["--decide", "gone", "--reason", "it must be there"], "not-known")?;
+        // A person says that it is gone: it is not run here, whatever comes.
+        let decided = verdict(&lab.a, &job, &["--decide", "gone", "--reason", "seen there", LOOKED], 0)?;
+        ensure!(has_record(&decided, "Running", "decided by root (user 0): seen there"), "{decided}");
+        lab.settled(&lab.a, 0)?;
+        // And there a person lets it run.
+        lab.b.restart_agent()?;
+        let job = in_doubt(&lab.b)?;
+        lab.b.wait_knows("web", true)?;
+        refused(&lab.b, &job, &["--decide", "here", "--reason", "a is told"], "not-known")?;
+        let decided = verdict(&lab.b, &job, &["--decide", "here", "--reason", "a is told", LOOKED], 0)?;
+        ensure!(has_record(&decided, "Running", "a is told"), "{decided}");
+        lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(guest, &lab.a, &lab.b)
+    });
+}
+
+#[test]
+fn a_decision_against_what_the_destination_says_is_refused() {
+    lab(|lab, guest| {
+        // The destination runs the guest, and its answer comes late: it is stopped when it has resumed.
+        lab.b.arm("destination-resumed", "stop")?;
+        let mut running = lab.a.start(&["--json", "migrate", "web", "--to", "b"])?;
+        lab.b.wait_stopped("destination-resumed")?;
+        let job = in_doubt(&lab.a)?;
+        refused(&lab.a, &job, &["--decide", "here", "--reason", "in a hurry"], "not-known")?;
+        // Now it can answer: the decision is refused because of what it says, or came too late because it is settled.
+        rig::process::signal(lab.b.agent_pid()?, nix::sys::signal::Signal::SIGCONT);
+        let late = verdict(&lab.a, &job, &["--decide", "here", "--reason", "in a hurry", LOOKED], 1)?.to_string();
+        ensure!(late.contains("contradicts") || late.contains("not-in-doubt"), "{late}");
+        running.wait(SOON)?;
+        lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        let facts = verdict(&lab.a, &job, &[], 0)?;
+        ensure!(has_record(&facts, "Running", "") && !facts.to_string().contains("decided"), "{facts}");
+        lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(guest, &lab.a, &lab.b)
+    });
+}
+
+#[test]
+fn a_verdict_is_for_those_who_took_part() {
+    lab(|lab, guest| {
+        lab.a.migrate_well("web", &lab.b, &[])?;
+        let job = lab.a.jobs()?.pop().context("no job")?;
+        let migration: MigrationId = job["migration"].as_str().and_then(|text| text.parse().ok()).context("its migration")?;
+        let generation = Generation(job["generation"].as_u64().context("its generation")?);
+        let (stranger, known) = (HostKey::generate()?, HostKey::generate()?);
+        lab.b.trust_id("c", &known.id().to_string(), "10.77.0.9:13560")?;
+        let (address, b) = (lab.b.address().to_string(), lab.b.id()?.parse()?);
+        let ask = |key: &HostKey, migration, generation| {
+            let trusted = TrustedHosts::new([b]);
+            let link = TcpLink::new(address.clone(), b, key.clone(), trusted, Duration::from_secs(3));
+            lab.watch.within(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                Ok(runtime.block_on(ask_verdict(&link, migration, generation, false)).map_err(|error| error.to_string()))
+            })
+        };
+        // Not trusted: not heard at all.
+        let refused = ask(&stranger, migration, generation)?;
+        ensure!(refused.is_err(), "{refused:?}");
+        // Trusted, and none of its business; another generation; another migration.
+        let others = [(migration, generation), (migration, Generation(generation.0 + 1)), (MigrationId([9; 16]), generation)];
+        for (migration, generation) in others {
+            ensure!(ask(&known, migration, generation)? == Ok(VerdictAnswer::Unknown));
+        }
+        let log = lab.b.agent_log();
+        ensure!(log.matches("asked for a verdict on an attempt of which nothing is known").count() == 3, "{log}");
+        ensure!(log.contains("a connection was refused"), "the stranger is not in the log: {log}");
+        lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(guest, &lab.a, &lab.b)
+    });
+}
