@@ -39,7 +39,7 @@ impl Operator {
 
     fn make(&self, more: &[&str]) -> Result<String> {
         let words = ["ticket", "make", "--source", &self.source, "--destination", &self.destination];
-        Ok(self.run(&[&words, more].concat())?.expect_code(0)?.stdout.trim().to_owned())
+        Ok(self.run(&[&words[..], more].concat())?.expect_code(0)?.stdout.trim().to_owned())
     }
 
     /// Everything is as the ticket says but what `more` says; an option given there replaces the one here.
@@ -51,8 +51,8 @@ impl Operator {
             ("--action", "migrate"),
             ("--link", "tcp"),
         ];
-        for (name, value) in more {
-            options.retain(|(known, _)| known != name);
+        for (name, value) in more.iter().copied() {
+            options.retain(|(known, _)| *known != name);
             options.push((name, value));
         }
         let words = options.iter().flat_map(|(name, value)| [*name, *value]);

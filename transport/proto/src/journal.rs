@@ -4,6 +4,7 @@
 
 use crate::commit::{self, JournalRecord, JournalRecordKind};
 use crate::identity::{Generation, MigrationId, VmId};
+use crate::lines::{self, Damage};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -312,9 +313,8 @@ impl Line {
 }
 
 fn line_of(value: &impl Serialize) -> Vec<u8> {
-    // Strings and numbers always serialise; an empty body would be caught by its CRC when read.
-    let body = serde_json::to_string(value).unwrap_or_default();
-    format!("{:08x} {body}\n", crc32fast::hash(body.as_bytes())).into_bytes()
+    // Strings and numbers always serialise, line feeds in them as "\n"; an empty body would be no record when read.
+    lines::line_of(&serde_json::to_string(value).unwrap_or_default())
 }
 
 /// A whole journal with these records.
@@ -334,48 +334,29 @@ pub struct Found {
     pub good: usize,
 }
 
-/// Damage that is no torn tail.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Damage {
-    /// Where the bad line begins.
-    pub offset: usize,
-    /// What is wrong with it.
-    pub words: String,
-}
-
 /// Reads a journal's bytes, up to the torn tail if there is one.
 ///
 /// # Errors
 /// A bad line that good ones follow, or a first line that is none of a journal of this format.
 pub fn read(bytes: &[u8]) -> Result<Found, Damage> {
+    let lines = lines::read(bytes)?;
+    if lines.bodies.is_empty() {
+        // A whole first line that is not ours: another file.
+        let whole = bytes.contains(&b'\n');
+        return if whole { Err(Damage { offset: 0, words: "no line of it is a journal's".into() }) } else { Ok(Found::default()) };
+    }
     let mut found = Found::default();
-    let mut offset = 0;
-    let mut bad: Option<Damage> = None;
-    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-        match body_of(line).and_then(|body| parse_body(body, offset == 0)) {
-            // A good line after a bad one: that is no torn tail.
-            Ok(_) if bad.is_some() => return Err(bad.unwrap_or_default()),
+    for (index, (place, body)) in lines.bodies.into_iter().enumerate() {
+        match parse_body(body, index == 0) {
             Ok(record) => {
                 found.records.extend(record);
-                found.good = offset + line.len();
+                found.good = place.end;
             }
-            Err(words) => bad = bad.or(Some(Damage { offset, words })),
+            // Whole, with a good checksum, and no record: no crash leaves that, and a later version may.
+            Err(words) => return Err(Damage { offset: place.start, words }),
         }
-        offset += line.len();
     }
-    match bad {
-        // A whole first line that is not ours: another file, or a format of the future.
-        Some(damage) if damage.offset == 0 && bytes.contains(&b'\n') => Err(damage),
-        _ => Ok(found),
-    }
-}
-
-fn body_of(line: &[u8]) -> Result<&str, String> {
-    let text = std::str::from_utf8(line).map_err(|_| "no text")?;
-    let text = text.strip_suffix('\n').ok_or("its end is missing")?;
-    let (crc, body) = text.split_once(' ').ok_or("no checksum")?;
-    let crc = u32::from_str_radix(crc, 16).map_err(|_| "no checksum")?;
-    if crc == crc32fast::hash(body.as_bytes()) { Ok(body) } else { Err("its checksum is wrong".into()) }
+    Ok(found)
 }
 
 fn parse_body(body: &str, first: bool) -> Result<Option<JournalRecord>, String> {
