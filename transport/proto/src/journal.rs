@@ -343,7 +343,11 @@ pub fn read(bytes: &[u8]) -> Result<Found, Damage> {
     if lines.bodies.is_empty() {
         // A whole first line that is not ours: another file.
         let whole = bytes.contains(&b'\n');
-        return if whole { Err(Damage { offset: 0, words: "no line of it is a journal's".into() }) } else { Ok(Found::default()) };
+        return if whole {
+            Err(Damage { offset: 0, words: "no line of it is a journal's".into() })
+        } else {
+            Ok(Found::default())
+        };
     }
     let mut found = Found::default();
     for (index, (place, body)) in lines.bodies.into_iter().enumerate() {
