@@ -29,6 +29,7 @@ demo: ## two hosts on this machine, one live migration, a report (root and /dev/
 
 test: check ## everything: check, then every test on real KVM, namespaces and bridges (root)
 	$(CARGO) build --workspace --all-targets
+	$(CARGO) build --workspace --features limosa/failpoints --bin limosa-failpoints
 	@.ci/test all
 
 quick: ## unit tests and tidy only: no root, no KVM, no namespaces of its own making

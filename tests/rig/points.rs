@@ -18,7 +18,8 @@ pub fn binary() -> Result<PathBuf> {
     let target = target_dir()?.parent().context("target/PROFILE")?.join("debug");
     let _lock = process::lock("rig-build")?;
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(["build", "-p", "limosa", "--features", "failpoints", "--bin", "limosa-failpoints"]);
+    // Of the whole workspace, as `make test` has built it before: nothing is compiled within a test's time.
+    command.args(["build", "--workspace", "--features", "limosa/failpoints", "--bin", "limosa-failpoints"]);
     let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).output().context("cannot start cargo")?;
     ensure!(output.status.success(), "no limosa-failpoints:\n{}", String::from_utf8_lossy(&output.stderr));
     Ok(target.join("limosa-failpoints"))
