@@ -18,9 +18,19 @@ const REST_MAX: Duration = Duration::from_secs(40);
 /// How long two hosts that talk may be in doubt before a person has to look.
 const DOUBT_MAX: Duration = Duration::from_secs(25);
 
-/// What is done to whom.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Harm {
+macro_rules! harms {
+    ($($name:ident,)*) => {
+        /// What is done to whom.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+        enum Harm {
+            $($name,)*
+        }
+
+        /// All of them.
+        const HARMS: [Harm; 11] = [$(Harm::$name,)*];
+    };
+}
+harms! {
     KillSourceAgent,
     KillDestinationAgent,
     KillSourceVmm,
@@ -35,20 +45,6 @@ enum Harm {
 }
 
 use Harm::*;
-
-const HARMS: [Harm; 11] = [
-    KillSourceAgent,
-    KillDestinationAgent,
-    KillSourceVmm,
-    KillDestinationVmm,
-    StopSourceAgent,
-    StopDestinationAgent,
-    StopSourceVmm,
-    StopDestinationVmm,
-    CutBothWays,
-    CutFromSource,
-    CutToSource,
-];
 
 /// Where the guest is in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
