@@ -37,7 +37,7 @@ fn a_journal_that_cannot_be_understood_stops_the_agent_in_words() {
         for (bytes, words) in [
             (&flipped, "its checksum is wrong"),
             (&other, "its format is 2, this agent knows 1"),
-            (&b"something else\n".to_vec(), "no checksum"),
+            (&b"something else\n".to_vec(), "no line of it is a journal's"),
         ] {
             std::fs::write(&file, bytes)?;
             let said = ends(lab, 1)?;
