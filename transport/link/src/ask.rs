@@ -5,6 +5,7 @@ use crate::control::ControlError;
 use crate::{ConnectError, Link};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{Message, Reason, VmDescription};
 use std::time::Duration;
@@ -70,18 +71,19 @@ const CHECK: &str = "whether the guest could come";
 /// # Errors
 /// It cannot be reached, or does not answer.
 pub async fn ask_cpu(link: &dyn Link) -> Result<CpuProfile, AskError> {
-    match ask(link, CPU, &Message::CpuAsk).await? {
+    match ask(link, CPU, None, &Message::CpuAsk).await? {
         Message::Cpu(profile) => Ok(profile),
         other => Err(strange(link, CPU, &other)),
     }
 }
 
-/// Every reason for which the guest could not come to the host at the other end of `link`; none if it could.
+/// Every reason for which the guest could not come to the host at the other end of `link`; none if it could. `ticket` is shown
+/// first.
 ///
 /// # Errors
 /// It cannot be reached, or does not answer.
-pub async fn ask_check(link: &dyn Link, vm: &VmDescription) -> Result<Vec<Reason>, AskError> {
-    match ask(link, CHECK, &Message::CheckAsk(Box::new(vm.clone()))).await? {
+pub async fn ask_check(link: &dyn Link, vm: &VmDescription, ticket: Option<TicketBytes>) -> Result<Vec<Reason>, AskError> {
+    match ask(link, CHECK, ticket, &Message::CheckAsk(Box::new(vm.clone()))).await? {
         Message::Checked(reasons) => Ok(reasons),
         other => Err(strange(link, CHECK, &other)),
     }
@@ -95,10 +97,12 @@ fn strange(link: &dyn Link, what: &'static str, answer: &Message) -> AskError {
     AskError::Answer { host: link.destination(), what, words }
 }
 
-async fn ask(link: &dyn Link, what: &'static str, question: &Message) -> Result<Message, AskError> {
+async fn ask(link: &dyn Link, what: &'static str, ticket: Option<TicketBytes>, question: &Message) -> Result<Message, AskError> {
     let lost = |error| AskError::Control { host: link.destination(), what, error };
     let mut control = link.control().await?;
-    control.send(MigrationId([0; 16]), Generation(0), question).map_err(lost)?;
+    for message in ticket.map(Message::Ticket).iter().chain([question]) {
+        control.send(MigrationId([0; 16]), Generation(0), message).map_err(lost)?;
+    }
     match tokio::time::timeout(ANSWER_MAX, control.receive()).await {
         Ok(Ok((_, answer))) => Ok(answer),
         Ok(Err(error)) => Err(lost(error)),

@@ -15,6 +15,7 @@ use crate::error::{Malformed, Misuse};
 use crate::identity::{Generation, MigrationId, VmId};
 use crate::memory::{MemoryMap, REGIONS_MAX, Region};
 use crate::record::{RECORD_BYTES_MAX, Record};
+use crate::ticket::TicketBytes;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::net::IpAddr;
@@ -337,6 +338,8 @@ pub enum Message {
     CheckAsk(Box<VmDescription>),
     /// Destination: not for these reasons; none if it could.
     Checked(Vec<Reason>),
+    /// Source, first on a new connection, before Hello or CheckAsk: an operator's word that it may.
+    Ticket(TicketBytes),
 }
 
 /// Bodies that are no type of their own.
@@ -444,6 +447,7 @@ impl Message {
             Message::Cpu(_) => 24,
             Message::CheckAsk(_) => 25,
             Message::Checked(_) => 26,
+            Message::Ticket(_) => 27,
         }
     }
 
@@ -456,7 +460,7 @@ impl Message {
     /// The name of a kind.
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
-        const NAMES: [&str; 27] = [
+        const NAMES: [&str; 28] = [
             "unknown",
             "Hello",
             "Accept",
@@ -484,6 +488,7 @@ impl Message {
             "Cpu",
             "CheckAsk",
             "Checked",
+            "Ticket",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
     }
@@ -531,6 +536,7 @@ impl Message {
             24 => Message::Cpu(decode(what, body)?),
             25 => Message::CheckAsk(Box::new(decode(what, body)?)),
             26 => Message::Checked(decode::<body::Checked>(what, body)?.0),
+            27 => Message::Ticket(decode(what, body)?),
             other => return Err(Malformed::Value { what: "the kind of a control message", found: other.into() }),
         })
     }
@@ -567,6 +573,7 @@ impl Message {
             Message::Cpu(profile) => encode(what, profile)?,
             Message::CheckAsk(vm) => encode(what, vm)?,
             Message::Checked(reasons) => encode(what, &body::Checked(reasons.clone()))?,
+            Message::Ticket(bytes) => encode(what, bytes)?,
         };
         if body.len() > MESSAGE_BYTES_MAX {
             return Err(Misuse::Message { what, words: format!("{} bytes, at most {MESSAGE_BYTES_MAX} fit", body.len()) });
