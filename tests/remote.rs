@@ -297,3 +297,55 @@ fn a_key_is_good_for_its_own_role_only() {
         lab.unharmed(&guest)
     });
 }
+
+#[test]
+fn commands_from_other_machines_are_bounded_in_number_length_and_time() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    with_lab(AgentConfig::default(), |lab| {
+        let guest = GuestSpec::new("web", 1).memory("64M", "8M");
+        lab.guest(&guest)?;
+        let (b, operator): (HostId, _) = (lab.b.id()?.parse()?, key(&lab.a.operator.key)?);
+        let address = lab.b.address().to_string();
+        let open = || limosa_link::commands::command(address.clone(), b, operator.clone());
+        inside(&lab.a.netns, async {
+            let mut held = Vec::new();
+            for _ in 0..32 {
+                let mut channel = open().await?;
+                channel.stream.write_all(b"\"vm_l").await?;
+                held.push(channel);
+            }
+            let said = |words: Vec<u8>| {
+                let open = &open;
+                async move {
+                    let mut channel = open().await?;
+                    // Whoever has heard enough reads no further.
+                    let _ = channel.stream.write_all(&words).await;
+                    let mut said = String::new();
+                    channel.stream.read_to_string(&mut said).await?;
+                    Ok::<_, rig::Error>(said)
+                }
+            };
+            // They are let in one after the other, as they are met.
+            let mut full = String::new();
+            for _ in 0..50 {
+                full = said(b"\"vm_list\"\n".to_vec()).await?;
+                if full.contains("\"busy\"") {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            ensure!(full.contains("\"busy\""), "a 33rd command was answered: {full}");
+            // Who says nothing more is forgotten, and hears nothing.
+            let began = std::time::Instant::now();
+            let mut nothing = Vec::new();
+            held.remove(0).stream.read_to_end(&mut nothing).await?;
+            ensure!(nothing.is_empty() && began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+            drop(held);
+            let long = said([&b"\"vm_list"[..], &vec![b' '; 70_000]].concat()).await?;
+            ensure!(long.contains("\"request\"") && long.contains("65536"), "{long}");
+            ensure!(said(b"\"vm_list\"\n".to_vec()).await?.contains("\"result\""), "a good command was not answered");
+            Ok(())
+        })?;
+        lab.unharmed(&guest)
+    });
+}

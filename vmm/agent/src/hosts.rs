@@ -160,7 +160,9 @@ impl Hosts {
 }
 
 fn text(table: &BTreeMap<String, Host>) -> String {
-    let mut text = String::from("# The hosts that this one trusts, kept by `limosa host trust` and `limosa host remove`.\n");
+    let mut text = String::from(
+        "# The trusted hosts: an agent's are kept by `limosa host trust|remove`, an operator's by `limosa operator trust|forget`.\n",
+    );
     for Host { name, id, address } in table.values() {
         text.push_str(&format!("\n[[host]]\nname = \"{name}\"\nid = \"{id}\"\naddress = \"{address}\"\n"));
     }
