@@ -185,6 +185,13 @@ fn a_hostile_source_gets_nothing_by_a_ticket_for_something_else() {
         let time = |from: i64, until: i64| rig.make(&["--from", &at(from)?, "--until", &at(until)?]);
         source.refused(Some(time(90, 600)?), VM, "ticket-not-yet", &["timedatectl"])?;
         source.refused(Some(time(-600, -90)?), VM, "ticket-expired", &["make another"])?;
+        // A stolen one, by another host that is trusted: worthless to it, and as good as before to the host that it names.
+        let (thief, stolen) = (HostKey::generate()?, rig.make(&[])?);
+        lab.b.trust_id("thief", &thief.id().to_string(), "10.77.0.9")?;
+        let id = thief.id().to_string();
+        let thief = Source { lab, key: thief, destination: b.parse()? };
+        thief.refused(Some(stolen.clone()), VM, "ticket-source", &[&a, &id])?;
+        source.comes(stolen, 4)?;
         // Nothing of all this has used a ticket up, or harmed anybody.
         source.comes(time(15, 600)?, 2)?;
         source.comes(time(-600, -10)?, 3)?;
