@@ -307,6 +307,10 @@ impl<'a> Lane<'a> {
                 });
                 result?;
             }
+            if holes {
+                // At once: the destination gives memory to whatever it has not heard of when contents begin to come.
+                self.flush_zero()?;
+            }
         }
         self.flush_data()?;
         self.flush_zero()?;
