@@ -1,6 +1,6 @@
 //! `limosa verdict`: the facts of both sides and, as a last resort, a person's decision about a guest in doubt, with every refusal;
 //! and verdicts asked by those who have no right to one. What hosts decide by themselves is in `kills`.
-#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub)]
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs, unreachable_pub)]
 
 use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_verdict};
 use limosa_proto::identity::{Generation, MigrationId};
@@ -119,6 +119,39 @@ fn a_person_decides_after_a_restart_and_what_the_destination_says_counts() {
         let decided = verdict(&lab.b, &job, &["--decide", "here", "--reason", "a is told", LOOKED], 0)?;
         ensure!(has_record(&decided, "Running", "a is told"), "{decided}");
         lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(guest, &lab.a, &lab.b)
+    });
+}
+
+/// What an operator sees on a host, as printed.
+fn seen(host: &Host, when: &str) -> Result<String> {
+    let output = host.limosa(&["jobs"])?;
+    let text = format!("{}{}", output.stdout, output.stderr);
+    eprintln!("limosa jobs on {}, {when} (exit code {}):\n{text}", host.name, output.code);
+    Ok(text)
+}
+
+#[test]
+fn a_kill_at_the_commit_is_seen_on_both_sides_and_ends_with_the_restart() {
+    lab(|lab, guest| {
+        let mut running = destination_is_lost(lab)?;
+        in_doubt(&lab.a)?;
+        ensure!(seen(&lab.a, "the destination's agent being dead")?.contains("in doubt:"));
+        ensure!(seen(&lab.b, "its agent being dead")?.contains("is `limosa agent` running?"));
+        // The source's is killed too: what it was in doubt about must be known to the next one.
+        lab.a.kill_agent()?;
+        running.wait(SOON)?.expect_code(4)?;
+        lab.a.restart_agent()?;
+        in_doubt(&lab.a)?;
+        ensure!(seen(&lab.a, "restarted before the destination")?.contains("in doubt:"));
+        lab.b.restart_agent()?;
+        lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        let settled = |host: &Host| Ok(host.jobs()?.iter().all(|job| job["state"] != "in_doubt").then_some(()));
+        for host in [&lab.a, &lab.b] {
+            wait_for(SOON, "no job in doubt", || settled(host))?;
+            ensure!(!seen(host, "both restarted")?.contains("in doubt:"));
+        }
         lab.b.migrate_well("web", &lab.a, &[])?;
         lab.guest_is_on(guest, &lab.a, &lab.b)
     });

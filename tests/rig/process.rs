@@ -97,13 +97,25 @@ pub fn lock(name: &str) -> Result<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| anyhow::anyhow!("cannot lock {}: {errno}", path.display()))
 }
 
+/// Cargo, as a person would start it. What cargo itself tells a test of its package is taken away: build scripts that ask for those
+/// names (`ring`'s) would run again, and all that stands on them would be built anew, for this test and then again for the next person.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") || name.starts_with("NEXTEST");
+    std::env::vars_os().map(|(name, _)| name).filter(|name| name.to_str().is_some_and(ours)).for_each(|name| {
+        command.env_remove(name);
+    });
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    command
+}
+
 /// Builds something of this workspace with cargo, in the profile of this test, and gives the file that came out.
 pub fn cargo_build(words: &[&str], file: &str) -> Result<PathBuf> {
     let dir = target_dir()?;
     let _lock = lock("rig-build")?;
     let path = dir.join(file);
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.arg("build").args(words).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    let mut command = cargo();
+    command.arg("build").args(words);
     if dir.ends_with("release") {
         command.arg("--release");
     }
