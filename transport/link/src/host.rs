@@ -11,7 +11,7 @@ use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, ReleasedAnswer, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -214,4 +214,10 @@ pub trait Hosting: Send + Sync + 'static {
     /// A source in doubt asks about a migration that no driver here carries any more. `released`: it is as good as Commit;
     /// otherwise the source asks for the guest back. What is answered must be durable. May block.
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer;
+
+    /// A destination asks whether an attempt that left this host was ever released. What is answered must be durable, and Never
+    /// is for ever. May block.
+    fn released(&self, _peer: &Peer, _migration: MigrationId, _generation: Generation) -> ReleasedAnswer {
+        ReleasedAnswer::Unknown
+    }
 }

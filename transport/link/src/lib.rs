@@ -35,7 +35,7 @@ mod tcp;
 pub mod tls;
 
 pub use accept::{Listener, ListenerSettings};
-pub use ask::{AskError, ask_check, ask_cpu};
+pub use ask::{AskError, ask_check, ask_cpu, ask_released};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
 pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};

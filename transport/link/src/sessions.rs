@@ -227,10 +227,14 @@ impl Sessions {
                 let asked = tokio::task::spawn_blocking(move || hosting.check(&peer, &vm)).await;
                 answer(&control, &header, asked.map(|reasons| Message::Checked(with(reasons, full))));
             }
+            Message::ReleasedAsk => {
+                let hosting = self.0.hosting.clone();
+                let asked = tokio::task::spawn_blocking(move || hosting.released(&peer, migration, generation)).await;
+                answer(&control, &header, asked.map(Message::Released));
+            }
             other => {
                 let name = other.name();
-                let words =
-                    format!("a control channel begins with Hello, VerdictAsk, LinksAsk, CpuAsk or CheckAsk, not with {name}");
+                let words = format!("a control channel begins with Hello or a question, not with {name}");
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }

@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use crate::asking;
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
 use crate::disks;
@@ -31,7 +32,7 @@ use limosa_proto::recovery::Ended;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
-use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, ReleasedAnswer, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -111,6 +112,10 @@ impl Hosting for Reception {
 
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
         settle::verdict(&self.0, peer.id, migration, generation, released)
+    }
+
+    fn released(&self, peer: &Peer, migration: MigrationId, generation: Generation) -> ReleasedAnswer {
+        asking::answer(&self.0, peer.id, migration, generation)
     }
 }
 

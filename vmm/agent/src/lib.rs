@@ -10,6 +10,7 @@ mod actions;
 mod agent;
 mod announcing;
 pub mod api;
+mod asking;
 mod check;
 pub mod checked;
 pub mod config;
