@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use rig::process::{limosa_bin, wait_for};
+use rig::roce::station::{OPERATOR_KEY, operator_in};
 use rig::roce::{Machine, Machines, Running, shell_quoted, with_machines};
 use rig::spec::{Beat, beat_of};
 use rig::{Context, GuestSpec, Result, ensure};
@@ -31,7 +32,8 @@ impl<'a> Station<'a> {
         let config = format!(
             "[agent]\nname = \"{name}\"\nlisten = [\"{ip}:13560\"]\nstate_dir = \"{RUN}/state\"\nrun_dir = \"{RUN}/run\"\n\
              [allow]\npeers = [\"10.77.0.0/24\"]\n[rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\n\
-             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n",
+             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n{rule}",
+            rule = operator_in(machine)?.rule("rig"),
             name = machine.name,
             ip = machine.ip,
         );
@@ -57,7 +59,7 @@ impl<'a> Station<'a> {
     /// Runs a command of limosa; its exit code and what it printed.
     fn run(&self, words: &[&str]) -> Result<(i32, String)> {
         let binary = limosa_bin()?.display().to_string();
-        let words = [&[binary.as_str(), "--run-dir", "/run/limosa-test/run"], words].concat();
+        let words = [&[binary.as_str(), "--run-dir", "/run/limosa-test/run", "--key", OPERATOR_KEY], words].concat();
         let output = self.machine.task(&words).limit(MIGRATION).run()?;
         Ok((output.status(), if output.ok() { output.text() } else { format!("{}\n{}", output.text(), output.errors()) }))
     }

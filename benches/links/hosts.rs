@@ -10,6 +10,7 @@ use limosa_proto::commit::JournalRecord;
 use limosa_proto::event::DestinationConfig;
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::record::Record;
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Refusal, VerdictAnswer, VmDescription};
@@ -161,7 +162,7 @@ impl DestinationHost for Destination {
 pub(crate) struct Reception(pub(crate) Arc<Arrivals>);
 
 impl Hosting for Reception {
-    fn incoming(&self, peer: &Peer, header: &ControlHeader, _: &Hello) -> Result<Incoming, Refusal> {
+    fn incoming(&self, peer: &Peer, header: &ControlHeader, _: &Hello, _: Option<TicketBytes>) -> Result<Incoming, Refusal> {
         let token = fresh_token().map_err(|error| Refusal::one(Code::Internal, error.to_string()))?;
         let mut config = DestinationConfig::new(header.migration, header.generation, peer.id, token);
         // Lanes and their check are as the source asks for.

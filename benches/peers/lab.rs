@@ -7,6 +7,7 @@ use crate::{Options, Way, sample};
 use anyhow::{Context, Result, ensure};
 use rig::GuestSpec;
 use rig::process::{limosa_bin, wait_for};
+use rig::roce::station::{OPERATOR_KEY, operator_in};
 use rig::roce::{Machine, Machines, Running, Spec};
 use serde_json::Value;
 use std::time::Duration;
@@ -44,8 +45,10 @@ impl<'a> Station<'a> {
             "[agent]\nname = \"{}\"\nlisten = [\"{}:13560\"]\nstate_dir = \"{FOLDER}/state\"\nrun_dir = \"{FOLDER}/run\"\n\
              [allow]\npeers = [\"10.77.0.0/24\"]\n[rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\n\
              [migration]\nplaintext_lanes = true\npage_check = false\npopulate = \"before\"\n\
-             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n",
-            machine.name, machine.ip
+             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n{}",
+            machine.name,
+            machine.ip,
+            operator_in(machine)?.rule("bench")
         );
         machine.write_file(&format!("{FOLDER}/agent.toml"), config.as_bytes())?;
         let line = format!("exec {} agent --config {FOLDER}/agent.toml >{FOLDER}/agent.log 2>&1", limosa_bin()?.display());
@@ -63,7 +66,7 @@ impl<'a> Station<'a> {
     fn ask(&self, words: &[&str]) -> Result<Value> {
         let binary = limosa_bin()?.display().to_string();
         let folder = format!("{FOLDER}/run");
-        let words = [&[binary.as_str(), "--run-dir", &folder, "--json"], words].concat();
+        let words = [&[binary.as_str(), "--run-dir", &folder, "--key", OPERATOR_KEY, "--json"], words].concat();
         let text = self.machine.task(&words).limit(LONG).run()?.expect_ok()?.text();
         if text.is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(&text)?) }
     }

@@ -3,6 +3,7 @@
 
 use crate::command::finish;
 use crate::netns::{Netns, run};
+use crate::operator::Operator;
 use crate::process::{self, Process, limosa_bin, wait_for};
 use crate::spec::beat_of;
 
@@ -44,10 +45,16 @@ pub struct AgentConfig {
     pub rdma: BTreeMap<String, String>,
     /// Keys of `[storage]`.
     pub storage: BTreeMap<String, String>,
+    /// Where the agent listens, if not on the host's address alone.
+    pub listen: Option<String>,
     /// A folder that the agent and its VMMs see at the place of another: (which, where).
     pub bind: Option<(PathBuf, PathBuf)>,
     /// Keys of `[cpu]`.
     pub cpu: BTreeMap<String, String>,
+    /// Keys of `[tickets]`.
+    pub tickets: BTreeMap<String, String>,
+    /// `[[operator]]` tables in place of the lab's operator, who may do everything.
+    pub operators: Option<String>,
     /// The program, where it is not the binary under test; then it looks for fail points too.
     pub binary: Option<PathBuf>,
 }
@@ -63,8 +70,11 @@ impl Default for AgentConfig {
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
             storage: BTreeMap::new(),
+            listen: None,
             bind: None,
             cpu: BTreeMap::new(),
+            tickets: BTreeMap::new(),
+            operators: None,
             binary: None,
         }
     }
@@ -112,6 +122,24 @@ impl AgentConfig {
         self
     }
 
+    /// Sets one key of `[tickets]`.
+    pub fn tickets(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.tickets.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    /// Sets the operators, as TOML: [`Operator::rule`](crate::operator::Operator::rule) makes one.
+    pub fn operators(mut self, tables: impl Into<String>) -> AgentConfig {
+        self.operators = Some(tables.into());
+        self
+    }
+
+    /// Has the agent listen on every address of the host.
+    pub fn listens_everywhere(mut self) -> AgentConfig {
+        self.listen = Some(format!("0.0.0.0:{PORT}"));
+        self
+    }
+
     /// Sets the allow-list.
     pub fn peers(mut self, peers: &[&str]) -> AgentConfig {
         self.peers = peers.iter().map(|p| (*p).to_owned()).collect();
@@ -132,7 +160,8 @@ impl AgentConfig {
 
     fn text(&self, host: &Host) -> Result<String> {
         let mut text = String::new();
-        writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{}\"]", host.name, host.address())?;
+        let listen = self.listen.clone().unwrap_or_else(|| host.address().to_string());
+        writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{listen}\"]", host.name)?;
         writeln!(text, "state_dir = \"{}\"\nrun_dir = \"{}\"", host.state_dir().display(), host.run_dir().display())?;
         for (key, value) in &self.agent {
             writeln!(text, "{key} = {value}")?;
@@ -150,7 +179,9 @@ impl AgentConfig {
             ("rdma", &self.rdma),
             ("storage", &self.storage),
             ("cpu", &self.cpu),
+            ("tickets", &self.tickets),
         ];
+        text.push_str(&self.operators.clone().unwrap_or_else(|| host.operator.rule("rig")));
         for (name, section) in sections {
             writeln!(text, "\n[{name}]")?;
             for (key, value) in section {
@@ -170,6 +201,8 @@ pub struct Host {
     pub netns: Netns,
     /// Its address on br0.
     pub ip: Ipv4Addr,
+    /// The lab's operator, whose key the commands sign with.
+    pub operator: Operator,
     dir: PathBuf,
     config: AgentConfig,
     agent: Option<Process>,
@@ -186,7 +219,8 @@ impl Host {
         }
         netns.ip(&format!("addr add {ip}/24 dev br0"))?;
         let commands = std::sync::atomic::AtomicU32::new(0);
-        Ok(Host { name: name.to_owned(), netns, ip, dir, config: AgentConfig::default(), agent: None, commands })
+        let operator = Operator::in_folder(dir.parent().unwrap_or(&dir))?;
+        Ok(Host { operator, name: name.to_owned(), netns, ip, dir, config: AgentConfig::default(), agent: None, commands })
     }
 
     /// The agent's address.
@@ -294,7 +328,7 @@ impl Host {
 
     fn command(&self) -> Result<Command> {
         let mut command = self.netns.command(limosa_bin()?);
-        command.arg("--run-dir").arg(self.run_dir());
+        command.arg("--run-dir").arg(self.run_dir()).env("LIMOSA_OPERATOR_KEY", &self.operator.key);
         Ok(command)
     }
 

@@ -10,6 +10,7 @@ use crate::process::{self, wait_for};
 use crate::spec::GuestSpec;
 use anyhow::{Context, Result, bail};
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 /// The name of the switch's bridge in its namespace.
 pub const SWITCH: &str = "sw0";
@@ -76,6 +77,17 @@ pub fn with_bare_lab(test: impl FnOnce(&mut Lab) -> Result<()>) {
     }
 }
 
+/// A namespace with a cable to the switch.
+fn plug_in(switch: &Netns, lab: &str, letter: &str, (inner, port): (&str, &str), mac: u8) -> Result<Netns> {
+    let netns = Netns::create(&format!("{lab}-{letter}"))?;
+    switch.ip(&format!("link add {port} type veth peer name {inner} netns {}", netns.name()))?;
+    // As a real card has it: below the fe:... of TAPs, so that the bridge keeps this address for good.
+    netns.ip(&format!("link set {inner} address 02:00:00:77:00:0{mac:x}"))?;
+    switch.ip(&format!("link set {port} master {SWITCH}"))?;
+    switch.ip(&format!("link set {port} up"))?;
+    Ok(netns)
+}
+
 impl Lab {
     /// Makes the namespaces, the switch and the hosts' bridges.
     pub fn two_hosts() -> Result<Lab> {
@@ -85,21 +97,36 @@ impl Lab {
         let switch = Netns::create(&format!("{name}-s"))?;
         switch.ip(&format!("link add {SWITCH} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
         switch.ip(&format!("link set {SWITCH} up"))?;
-        let plug_in = |letter: &str, inner: &str, port: &str| -> Result<Netns> {
-            let netns = Netns::create(&format!("{name}-{letter}"))?;
-            switch.ip(&format!("link add {port} type veth peer name {inner} netns {}", netns.name()))?;
-            // As a real card has it: below the fe:... of TAPs, so that the bridge keeps this address for good.
-            netns.ip(&format!("link set {inner} address 02:00:00:77:00:0{}", if letter == "w" { "c" } else { letter }))?;
-            switch.ip(&format!("link set {port} master {SWITCH}"))?;
-            switch.ip(&format!("link set {port} up"))?;
-            Ok(netns)
-        };
-        let a = Host::new("a", plug_in("a", "up0", "p-a")?, Ipv4Addr::new(10, 77, 0, 1), dir.path().join("a"))?;
-        let b = Host::new("b", plug_in("b", "up0", "p-b")?, Ipv4Addr::new(10, 77, 0, 2), dir.path().join("b"))?;
-        let watch = plug_in("w", "eth0", "p-watch")?;
+        let plug_in = |letter: &str, inner: &str, port: &str, mac: u8| plug_in(&switch, &name, letter, (inner, port), mac);
+        let a = Host::new("a", plug_in("a", "up0", "p-a", 0xa)?, Ipv4Addr::new(10, 77, 0, 1), dir.path().join("a"))?;
+        let b = Host::new("b", plug_in("b", "up0", "p-b", 0xb)?, Ipv4Addr::new(10, 77, 0, 2), dir.path().join("b"))?;
+        let watch = plug_in("w", "eth0", "p-watch", 0xc)?;
         watch.ip("link set eth0 up")?;
         watch.ip("addr add 10.77.0.9/24 dev eth0")?;
         Ok(Lab { a, b, switch, watch, name, dir: Some(dir) })
+    }
+
+    /// A third host "c" on the same network, with no agent yet. It belongs to the test, which ends its agent.
+    pub fn third_host(&self) -> Result<Host> {
+        let dir = self.dir.as_ref().context("the lab's folder")?.path().join("c");
+        let netns = plug_in(&self.switch, &self.name, "c", ("up0", "p-c"), 0xd)?;
+        Host::new("c", netns, Ipv4Addr::new(10, 77, 0, 3), dir)
+    }
+
+    /// An operator's machine with a cable to one host and to nothing else: it is 10.88.0.9, the host 10.88.0.1 on that cable, and
+    /// there is no route to the network of the guests. Also a folder for what the operator keeps.
+    pub fn operators_machine(&self, host: &Host) -> Result<(Netns, PathBuf)> {
+        let netns = Netns::create(&format!("{}-o", self.name))?;
+        host.ip(&format!("link add admin type veth peer name eth0 netns {}", netns.name()))?;
+        for words in ["addr add 10.88.0.1/24 dev admin", "link set admin up"] {
+            host.ip(words)?;
+        }
+        for words in ["addr add 10.88.0.9/24 dev eth0", "link set eth0 up"] {
+            netns.ip(words)?;
+        }
+        let folder = self.dir.as_ref().context("the lab's folder")?.path().join("operator");
+        std::fs::create_dir_all(&folder)?;
+        Ok((netns, folder))
     }
 
     /// Starts both agents alike and makes them trust each other.

@@ -11,6 +11,7 @@ pub mod lab;
 pub mod linux;
 pub mod net;
 pub mod netns;
+pub mod operator;
 pub mod points;
 pub mod process;
 pub mod qemu;

@@ -3,6 +3,7 @@
 
 use crate::command::tail;
 use crate::linux::{LinuxBeat, LinuxGuest, complaints, image, last_beat};
+use crate::operator::Operator;
 use crate::process::{limosa_bin, wait_for};
 use crate::roce::{Machine, Running, Task};
 use anyhow::{Context, Result, bail, ensure};
@@ -16,6 +17,20 @@ const SHORT: Duration = Duration::from_secs(60);
 const MIGRATION: Duration = Duration::from_secs(240);
 /// A boot of Debian's kernel in a guest of an emulated machine, on a busy machine.
 const BOOT: Duration = Duration::from_secs(300);
+
+/// The operator's key, in the machine.
+pub const OPERATOR_KEY: &str = "/run/limosa-operator.key";
+
+/// The operator whom the lab's agents trust, with the key put into this machine: the same one in all machines.
+///
+/// # Errors
+/// The machine is lost.
+pub fn operator_in(machine: &Machine) -> Result<Operator> {
+    let operator = Operator::kept()?;
+    machine.write_file(OPERATOR_KEY, &std::fs::read(&operator.key)?)?;
+    machine.shell(&format!("chmod 600 {OPERATOR_KEY}"), SHORT)?;
+    Ok(operator)
+}
 
 /// What a command of `limosa` did.
 #[derive(Debug, Clone)]
@@ -60,7 +75,8 @@ impl<'a> Station<'a> {
         let config = format!(
             "[agent]\nname = \"{name}\"\nlisten = [\"{ip}:13560\"]\nstate_dir = \"{RUN}/state\"\nrun_dir = \"{RUN}/run\"\n\
              [allow]\npeers = [\"10.77.0.0/24\"]\n[rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\n\
-             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n{more}",
+             [[network]]\nname = \"lan\"\nbridge = \"br0\"\n{rule}{more}",
+            rule = operator_in(machine)?.rule("rig"),
             name = machine.name,
             ip = machine.ip,
         );
@@ -100,7 +116,7 @@ impl<'a> Station<'a> {
     fn task(&self, words: &[&str]) -> Result<Task<'_>> {
         let binary = limosa_bin()?.display().to_string();
         let run_dir = format!("{RUN}/run");
-        let words = [&[binary.as_str(), "--run-dir", &run_dir], words].concat();
+        let words = [&[binary.as_str(), "--run-dir", &run_dir, "--key", OPERATOR_KEY], words].concat();
         Ok(self.machine.task(&words).limit(MIGRATION))
     }
 

@@ -2,14 +2,17 @@
 //! What is let in goes to the table of sessions.
 
 use crate::Control;
+use crate::commands::{self, Caller};
 use crate::control::{Early, Plain};
 use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::HostKey;
-use crate::sessions::Sessions;
+use crate::lanes::LaneReceiver as _;
+use crate::sessions::{Sessions, emit_lane_answer};
 use crate::tcp::{PlainReceiver, SecureReceiver, set_up, set_up_lane};
 use crate::tls::{self, Secured, TlsError, TrustedHosts};
 use limosa_proto::allow::AllowList;
+use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{LANE_MAGIC, LANE_PREAMBLE_BYTES, LanePreamble};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::collections::VecDeque;
@@ -79,6 +82,8 @@ struct Gate {
     settings: ListenerSettings,
     key: HostKey,
     trusted: TrustedHosts,
+    /// Keys of operators, in the form of host keys.
+    operators: TrustedHosts,
     counters: Arc<ListenerCounters>,
 }
 
@@ -119,8 +124,18 @@ impl Listener {
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         let listener = TcpListener::from_std(socket.into())?;
-        let gate = Arc::new(Gate { settings, key, trusted, counters: Arc::default() });
+        let gate = Arc::new(Gate { settings, key, trusted, operators: TrustedHosts::default(), counters: Arc::default() });
         Ok(Listener { listener, gate, allow })
+    }
+
+    /// The same, with operators who may command this host: their keys, which are of the same kind as hosts'. A key that is in
+    /// both sets is a host's. Looked at anew for each connection. To be called before it serves.
+    #[must_use]
+    pub fn with_operators(mut self, operators: TrustedHosts) -> Listener {
+        if let Some(gate) = Arc::get_mut(&mut self.gate) {
+            gate.operators = operators;
+        }
+        self
     }
 
     /// The address it has, with the port that the system chose where 0 was asked for.
@@ -221,19 +236,20 @@ impl Gate {
         if first != [TLS_HANDSHAKE] {
             return self.plaintext(stream).await;
         }
-        let Secured { peer, sealer, opener, early } = tls::accept(stream, &self.key, &self.trusted).await?;
+        let Secured { peer, sealer, opener, early } = tls::accept(stream, &self.key, &[&self.trusted, &self.operators]).await?;
+        let operator = !self.trusted.contains(peer);
         let mut plain = Plain { read: stream, opener: Some(opener), sealed: early, opened: Vec::new() };
         plain.fill(LANE_MAGIC.to_le_bytes().len()).await.map_err(first_words)?;
-        let lane = plain.opened.starts_with(&LANE_MAGIC.to_le_bytes());
-        let mut preamble = None;
-        if lane {
+        let mut said = said(&plain.opened);
+        if plain.opened.starts_with(&LANE_MAGIC.to_le_bytes()) {
             plain.fill(LANE_PREAMBLE_BYTES).await.map_err(first_words)?;
-            preamble = Some(parse_preamble(&plain.opened)?);
+            said = Said::Lane(parse_preamble(&plain.opened)?);
             plain.opened.drain(..LANE_PREAMBLE_BYTES);
         }
         let Plain { opener, sealed, opened, .. } = plain;
         let opener = opener.ok_or(TlsError::Closed)?;
-        Ok(Known::Secure(Box::new((Secured { peer, sealer, opener, early: sealed }, opened, preamble))))
+        let secured = Secured { peer, sealer, opener, early: sealed };
+        Ok(Known::Secure(Box::new(Secure { secured, opened, said, operator })))
     }
 
     async fn plaintext(&self, stream: &mut TcpStream) -> Result<Known, TlsError> {
@@ -252,7 +268,28 @@ impl Gate {
 /// What a connection turned out to be: a plaintext lane, or a sealed one with what was read of it.
 enum Known {
     Plaintext(LanePreamble),
-    Secure(Box<(Secured, Vec<u8>, Option<LanePreamble>)>),
+    Secure(Box<Secure>),
+}
+
+/// A sealed connection, with what was read of it.
+struct Secure {
+    secured: Secured,
+    opened: Vec<u8>,
+    said: Said,
+    /// Whether the key is an operator's; else it is a host's.
+    operator: bool,
+}
+
+/// What a sealed connection began with.
+enum Said {
+    Lane(LanePreamble),
+    Control,
+    Command,
+}
+
+/// A control channel, unless it begins like JSON: the API's, which a message's magic cannot be taken for.
+fn said(opened: &[u8]) -> Said {
+    if matches!(opened.first(), Some(b'{' | b'"')) { Said::Command } else { Said::Control }
 }
 
 fn first_words(error: crate::control::ControlError) -> TlsError {
@@ -275,16 +312,29 @@ fn hand_over(known: Known, stream: TcpStream, from: SocketAddr, sessions: &Sessi
     match known {
         Known::Plaintext(preamble) => sessions.lane("tcp", &preamble, None, Box::new(PlainReceiver::new(blocking(stream)?))),
         Known::Secure(secure) => {
-            let (Secured { peer, sealer, opener, early }, opened, preamble) = *secure;
-            match preamble {
-                Some(preamble) => {
+            let Secure { secured: Secured { peer, sealer, opener, early }, opened, said, operator } = *secure;
+            match said {
+                Said::Lane(_) if operator => {
+                    let mut lane = SecureReceiver::new(blocking(stream)?, sealer, opener, &opened, &early);
+                    lane.acknowledge(&emit_lane_answer(Some(Code::NotAHost)))
+                }
+                Said::Lane(preamble) => {
                     let lane = SecureReceiver::new(blocking(stream)?, sealer, opener, &opened, &early);
                     sessions.lane("tcp", &preamble, Some(peer), Box::new(lane))
                 }
-                None => {
+                Said::Control => {
                     let (read, write) = stream.into_split();
                     let control = Control::new(peer, read, write, Some((sealer, opener)), Early { opened, sealed: early });
-                    sessions.control(Peer { id: peer, address: Some(from) }, control);
+                    if operator {
+                        tokio::spawn(commands::no_guest(control));
+                    } else {
+                        sessions.control(Peer { id: peer, address: Some(from) }, control);
+                    }
+                    Ok(())
+                }
+                Said::Command => {
+                    let channel = commands::channel(stream, (sealer, opener), Early { opened, sealed: early });
+                    sessions.commands(Caller { id: peer, operator, address: from }, channel);
                     Ok(())
                 }
             }

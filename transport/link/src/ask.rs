@@ -6,6 +6,7 @@ use crate::control::ControlError;
 use crate::{ConnectError, Link};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Message, Reason, ReleasedAnswer, VmDescription};
@@ -73,18 +74,19 @@ const RELEASED: &str = "whether it released the guest";
 /// # Errors
 /// It cannot be reached, or does not answer.
 pub async fn ask_cpu(link: &dyn Link) -> Result<CpuProfile, AskError> {
-    match ask(link, CPU, &Message::CpuAsk).await? {
+    match ask(link, CPU, None, &Message::CpuAsk).await? {
         Message::Cpu(profile) => Ok(profile),
         other => Err(strange(link, CPU, &other)),
     }
 }
 
-/// Every reason for which the guest could not come to the host at the other end of `link`; none if it could.
+/// Every reason for which the guest could not come to the host at the other end of `link`; none if it could. `ticket` is shown
+/// first.
 ///
 /// # Errors
 /// It cannot be reached, or does not answer.
-pub async fn ask_check(link: &dyn Link, vm: &VmDescription) -> Result<Vec<Reason>, AskError> {
-    match ask(link, CHECK, &Message::CheckAsk(Box::new(vm.clone()))).await? {
+pub async fn ask_check(link: &dyn Link, vm: &VmDescription, ticket: Option<TicketBytes>) -> Result<Vec<Reason>, AskError> {
+    match ask(link, CHECK, ticket, &Message::CheckAsk(Box::new(vm.clone()))).await? {
         Message::Checked(reasons) => Ok(reasons),
         other => Err(strange(link, CHECK, &other)),
     }
@@ -95,7 +97,7 @@ pub async fn ask_check(link: &dyn Link, vm: &VmDescription) -> Result<Vec<Reason
 /// # Errors
 /// It cannot be reached, or does not answer; that proves nothing.
 pub async fn ask_released(link: &dyn Link, migration: MigrationId, generation: Generation) -> Result<ReleasedAnswer, AskError> {
-    let (header, answer) = ask_about(link, RELEASED, migration, generation, &Message::ReleasedAsk).await?;
+    let (header, answer) = ask_about(link, RELEASED, migration, generation, None, &Message::ReleasedAsk).await?;
     let foreign = |words| AskError::Answer { host: link.destination(), what: RELEASED, words };
     header.expect(migration, generation).map_err(|error| foreign(format!("answered for another: {error}")))?;
     match answer {
@@ -112,8 +114,8 @@ fn strange(link: &dyn Link, what: &'static str, answer: &Message) -> AskError {
     AskError::Answer { host: link.destination(), what, words }
 }
 
-async fn ask(link: &dyn Link, what: &'static str, question: &Message) -> Result<Message, AskError> {
-    ask_about(link, what, MigrationId([0; 16]), Generation(0), question).await.map(|(_, answer)| answer)
+async fn ask(link: &dyn Link, what: &'static str, ticket: Option<TicketBytes>, question: &Message) -> Result<Message, AskError> {
+    ask_about(link, what, MigrationId([0; 16]), Generation(0), ticket, question).await.map(|(_, answer)| answer)
 }
 
 async fn ask_about(
@@ -121,11 +123,14 @@ async fn ask_about(
     what: &'static str,
     migration: MigrationId,
     generation: Generation,
+    ticket: Option<TicketBytes>,
     question: &Message,
 ) -> Result<(ControlHeader, Message), AskError> {
     let lost = |error| AskError::Control { host: link.destination(), what, error };
     let mut control = link.control().await?;
-    control.send(migration, generation, question).map_err(lost)?;
+    for message in ticket.map(Message::Ticket).iter().chain([question]) {
+        control.send(migration, generation, message).map_err(lost)?;
+    }
     match tokio::time::timeout(ANSWER_MAX, control.receive()).await {
         Ok(Ok(answered)) => Ok(answered),
         Ok(Err(error)) => Err(lost(error)),

@@ -164,7 +164,7 @@ impl TcpLink {
         TcpLink { congestion: Some(name.into()), ..self }
     }
 
-    fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> ConnectError + '_ {
+    pub(crate) fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> ConnectError + '_ {
         move |error| ConnectError::Io { destination: self.destination.clone(), doing, error }
     }
 
@@ -178,7 +178,7 @@ impl TcpLink {
             .unwrap_or_else(|_| Err(ConnectError::Timeout { destination: self.destination.clone(), doing, after: STEP_MAX }))
     }
 
-    async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
+    pub(crate) async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
         let destination = || self.destination.clone();
         let known = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
         let addresses: Vec<SocketAddr> = match known {
@@ -222,7 +222,7 @@ impl TcpLink {
         }
     }
 
-    async fn handshake(&self, stream: &mut TcpStream) -> Result<tls::Secured, ConnectError> {
+    pub(crate) async fn handshake(&self, stream: &mut TcpStream) -> Result<tls::Secured, ConnectError> {
         let address = stream.local_addr().map(|address| address.ip().to_string()).unwrap_or_default();
         let destination = || self.destination.clone();
         let work = async {

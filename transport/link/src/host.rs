@@ -1,6 +1,7 @@
 //! What the driver asks of the guest's host. The agent answers it over a plug, tests with a toy.
 //! Calls may block: each migration has one thread of its own for them, and they come one after the other, in order.
 
+use crate::commands::{Caller, CommandChannel};
 use crate::driver::Cancel;
 use crate::pages::{Pages, Populate};
 use limosa_proto::bitmap::PageSet;
@@ -10,6 +11,7 @@ use limosa_proto::event::{DestinationConfig, DestinationOutcome};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, ReleasedAnswer, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
@@ -188,11 +190,21 @@ pub struct IncomingProgress {
 
 /// What a host decides about what comes in, whatever the link. Shared by all its migrations.
 pub trait Hosting: Send + Sync + 'static {
-    /// A trusted peer would like to send this guest. Must not block: looking closer is [`DestinationHost::check`]'s.
+    /// A trusted peer would like to send this guest, and shows this ticket for it. Must not block: looking closer, at the ticket
+    /// too, is [`DestinationHost::check`]'s.
     ///
     /// # Errors
     /// A refusal that is sent as it is.
-    fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal>;
+    fn incoming(
+        &self,
+        peer: &Peer,
+        header: &ControlHeader,
+        hello: &Hello,
+        ticket: Option<TicketBytes>,
+    ) -> Result<Incoming, Refusal>;
+
+    /// Somebody would like to command this host. Must not block. Without an answer of its own a host obeys nobody.
+    fn commands(&self, _caller: Caller, _channel: CommandChannel) {}
 
     /// Which links this host offers to `peer`, and why not the others. Must not block.
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
@@ -201,7 +213,7 @@ pub trait Hosting: Send + Sync + 'static {
 
     /// Every reason for which this guest could not come here now; none if it could. Nothing is changed. What is asked ahead of a
     /// migration and what a migration itself is checked by are the same. May block.
-    fn check(&self, _peer: &Peer, _vm: &VmDescription) -> Vec<Reason> {
+    fn check(&self, _peer: &Peer, _vm: &VmDescription, _ticket: Option<TicketBytes>) -> Vec<Reason> {
         let words = "the destination does not say ahead whether a guest can come".to_owned();
         vec![Reason { id: "unchecked".to_owned(), words }]
     }

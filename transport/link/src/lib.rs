@@ -10,6 +10,7 @@
 pub mod accept;
 pub mod ask;
 pub mod choose;
+pub mod commands;
 pub mod connect;
 pub mod control;
 mod destination;
@@ -36,6 +37,7 @@ pub mod tls;
 
 pub use accept::{Listener, ListenerSettings};
 pub use ask::{AskError, ask_check, ask_cpu, ask_released};
+pub use commands::{Caller, CommandChannel};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
 pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};

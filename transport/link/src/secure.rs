@@ -264,8 +264,9 @@ mod tests {
         let (ours, theirs) = (HostKey::generate().unwrap(), HostKey::generate().unwrap());
         let (mut near, mut far) = tokio::io::duplex(16 << 10);
         let (trusts_them, trusts_us) = (TrustedHosts::new([theirs.id()]), TrustedHosts::new([ours.id()]));
+        let ours_alone = [&trusts_us];
         let (source, destination) =
-            tokio::join!(tls::connect(&mut near, &ours, &trusts_them, theirs.id()), tls::accept(&mut far, &theirs, &trusts_us));
+            tokio::join!(tls::connect(&mut near, &ours, &trusts_them, theirs.id()), tls::accept(&mut far, &theirs, &ours_alone));
         let (source, destination) = (source.unwrap(), destination.unwrap());
         assert_eq!((source.peer, destination.peer), (theirs.id(), ours.id()));
         (source, destination)

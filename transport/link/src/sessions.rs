@@ -1,11 +1,14 @@
 //! The migrations that come in: which are open, who may join one with a lane, who asks about one. Every kind of link hands
 //! what arrives to this table, after it knows who the peer is. It reads no socket.
 
+use crate::commands::{Caller, CommandChannel};
+use crate::control::ControlError;
 use crate::direct::Fabric;
 use crate::host::{Hosting, Peer};
 use crate::lanes::LaneReceiver;
 use crate::{Control, destination, probe};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{ControlHeader, LanePreamble, LaneToken};
 use limosa_proto::wire::limits::REASONS_MAX;
@@ -176,23 +179,29 @@ impl Sessions {
     pub fn control(&self, peer: Peer, mut control: Control) {
         let sessions = self.clone();
         tokio::spawn(async move {
-            let first = match tokio::time::timeout(FIRST_WORDS_MAX, control.receive()).await {
+            let (ticket, header, message) = match tokio::time::timeout(FIRST_WORDS_MAX, first_words(&mut control)).await {
                 Ok(Ok(first)) => first,
                 Ok(Err(error)) => {
                     return tracing::info!(peer = %peer.id, %error, "a control channel ended before its first message");
                 }
                 Err(_) => return tracing::info!(peer = %peer.id, "a control channel said nothing"),
             };
-            sessions.first(peer, control, first.0, first.1).await;
+            sessions.first(peer, control, (header, message), ticket).await;
         });
     }
 
-    async fn first(&self, peer: Peer, control: Control, header: ControlHeader, message: Message) {
+    async fn first(
+        &self,
+        peer: Peer,
+        control: Control,
+        (header, message): (ControlHeader, Message),
+        ticket: Option<TicketBytes>,
+    ) {
         let (migration, generation) = (header.migration, header.generation);
         match message {
             Message::Hello(hello) => {
                 let begun = self.place(peer.id, migration, generation).and_then(|(place, arrivals)| {
-                    let incoming = self.0.hosting.incoming(&peer, &header, &hello)?;
+                    let incoming = self.0.hosting.incoming(&peer, &header, &hello, ticket)?;
                     Ok((place, arrivals, incoming))
                 });
                 match begun {
@@ -224,7 +233,7 @@ impl Sessions {
             }
             Message::CheckAsk(vm) => {
                 let (hosting, full) = (self.0.hosting.clone(), self.full(self.open()));
-                let asked = tokio::task::spawn_blocking(move || hosting.check(&peer, &vm)).await;
+                let asked = tokio::task::spawn_blocking(move || hosting.check(&peer, &vm, ticket)).await;
                 answer(&control, &header, asked.map(|reasons| Message::Checked(with(reasons, full))));
             }
             Message::ReleasedAsk => {
@@ -238,6 +247,11 @@ impl Sessions {
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }
+    }
+
+    /// Takes the channel of somebody who would like to command this host.
+    pub(crate) fn commands(&self, caller: Caller, channel: CommandChannel) {
+        self.0.hosting.commands(caller, channel);
     }
 
     /// Why no further migration may come in where so many are `open`.
@@ -288,6 +302,14 @@ fn admit(
     Ok(entry.into.clone())
 }
 
+/// The first message, and the ticket that may come before it.
+async fn first_words(control: &mut Control) -> Result<(Option<TicketBytes>, ControlHeader, Message), ControlError> {
+    match control.receive().await? {
+        (_, Message::Ticket(ticket)) => control.receive().await.map(|(header, message)| (Some(ticket), header, message)),
+        (header, message) => Ok((None, header, message)),
+    }
+}
+
 /// `reasons` and the reasons of a refusal, as many as a message holds.
 fn with(mut reasons: Vec<Reason>, refusal: Option<Refusal>) -> Vec<Reason> {
     reasons.extend(refusal.into_iter().flat_map(|refusal| refusal.reasons));
@@ -303,7 +325,7 @@ fn answer(control: &Control, header: &ControlHeader, asked: Result<Message, toki
     }
 }
 
-fn say(control: &Control, migration: MigrationId, generation: Generation, message: &Message) {
+pub(crate) fn say(control: &Control, migration: MigrationId, generation: Generation, message: &Message) {
     if let Err(error) = control.send(migration, generation, message) {
         tracing::warn!(%error, message = message.name(), "an answer could not be sent");
     }

@@ -101,7 +101,8 @@ pub(crate) const ALERT_ACCESS_DENIED: u8 = 49;
 /// Accepts the trusted keys and no other, and remembers whom it sent away so that the error can name him.
 #[derive(Debug)]
 pub(crate) struct Verifier {
-    trusted: TrustedHosts,
+    /// Whose keys count: being in one of these is enough.
+    trusted: Vec<TrustedHosts>,
     expected: Option<HostId>,
     schemes: WebPkiSupportedAlgorithms,
     seen: Mutex<Option<HostId>>,
@@ -114,7 +115,7 @@ impl Verifier {
             return Err(CertificateError::BadEncoding.into());
         };
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
-        if self.expected.is_some_and(|expected| expected != id) || !self.trusted.contains(id) {
+        if self.expected.is_some_and(|expected| expected != id) || !self.trusted.iter().any(|set| set.contains(id)) {
             return Err(CertificateError::ApplicationVerificationFailure.into());
         }
         Ok(())
@@ -220,9 +221,10 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-fn verifier(provider: &CryptoProvider, trusted: &TrustedHosts, expected: Option<HostId>) -> Arc<Verifier> {
+fn verifier(provider: &CryptoProvider, trusted: &[&TrustedHosts], expected: Option<HostId>) -> Arc<Verifier> {
     let schemes = provider.signature_verification_algorithms;
-    Arc::new(Verifier { trusted: trusted.clone(), expected, schemes, seen: Mutex::new(None) })
+    let trusted = trusted.iter().copied().cloned().collect();
+    Arc::new(Verifier { trusted, expected, schemes, seen: Mutex::new(None) })
 }
 
 fn source_config(
@@ -263,7 +265,7 @@ pub(crate) fn config_for_destination(
     expected: HostId,
 ) -> Result<(rustls::ClientConfig, Arc<Verifier>), TlsError> {
     let provider = provider();
-    let verifier = verifier(&provider, trusted, Some(expected));
+    let verifier = verifier(&provider, &[trusted], Some(expected));
     Ok((source_config(key, verifier.clone(), provider)?, verifier))
 }
 
@@ -273,7 +275,7 @@ pub(crate) fn config_for_source(
     trusted: &TrustedHosts,
 ) -> Result<(rustls::ServerConfig, Arc<Verifier>), TlsError> {
     let provider = provider();
-    let verifier = verifier(&provider, trusted, None);
+    let verifier = verifier(&provider, &[trusted], None);
     Ok((destination_config(key, verifier.clone(), provider)?, verifier))
 }
 
@@ -437,7 +439,7 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     expected: HostId,
 ) -> Result<Secured, TlsError> {
     let provider = provider();
-    let verifier = verifier(&provider, trusted, Some(expected));
+    let verifier = verifier(&provider, &[trusted], Some(expected));
     let mut connection = connection_to_destination(key, verifier.clone(), provider)?;
     let early =
         drive(stream, |incoming, outgoing| step_to_destination(&mut connection, incoming, outgoing)).await.map_err(|error| {
@@ -454,11 +456,11 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(Secured { peer, sealer: Sealer::new(secrets.tx, rekey.clone())?, opener: Opener::new(secrets.rx, rekey)?, early })
 }
 
-/// The destination's handshake: the source's key must be trusted.
+/// The destination's handshake: the key of who comes must be in one of the sets.
 pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     key: &HostKey,
-    trusted: &TrustedHosts,
+    trusted: &[&TrustedHosts],
 ) -> Result<Secured, TlsError> {
     let provider = provider();
     let verifier = verifier(&provider, trusted, None);
@@ -505,7 +507,7 @@ mod tests {
                 met
             },
             async {
-                let met = accept(&mut far, theirs, there).await;
+                let met = accept(&mut far, theirs, &[there]).await;
                 drop(far);
                 met
             }
@@ -557,7 +559,7 @@ mod tests {
             let (mut near, mut far) = tokio::io::duplex(64 << 10);
             near.write_all(&bytes).await.unwrap();
             near.shutdown().await.unwrap();
-            assert!(accept(&mut far, &theirs, &all).await.is_err());
+            assert!(accept(&mut far, &theirs, &[&all]).await.is_err());
         }
     }
 }

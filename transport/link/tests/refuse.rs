@@ -4,7 +4,7 @@
 
 mod toy;
 
-use limosa_link::{HostKey, ListenerSettings, TcpLink, TrustedHosts, ask_check, ask_cpu};
+use limosa_link::{HostKey, LaneMemory, ListenerSettings, Pages, RemoteKeys, TcpLink, TrustedHosts, ask_check, ask_cpu};
 use limosa_proto::allow::AllowList;
 use limosa_proto::event::SourceOutcome;
 use limosa_proto::identity::{Generation, MigrationId};
@@ -147,6 +147,44 @@ async fn plaintext_where_it_is_off() {
     good(&sender, &toy).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operators_key_sends_no_guest_and_opens_no_lane() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let sender = sender();
+    toy.operators.insert(sender.key.id());
+    let (outcome, _) = sender.migrate(&toy).await;
+    assert_stayed(&sender, &toy, &outcome);
+    let refusal = refusal(&outcome);
+    assert!(refusal.code == Code::NotAHost && refusal.words().contains("an operator's"), "{refusal:?}");
+    let pages: Arc<dyn Pages> = sender.guest.memory.clone();
+    let (keys, _asks) = RemoteKeys::new(&*pages);
+    let memory = LaneMemory { pages, keys: Arc::new(keys), page_check: false };
+    let lane = sender.link(&toy).lane(preamble(0), false, &memory).await;
+    assert_eq!(lane.err().unwrap().code(), Code::NotAHost);
+    assert_eq!((toy.sessions.open(), toy.outcomes.lock().unwrap().len()), (0, 0));
+    // A key that is in both sets is a host's: it commands nothing, and may send.
+    good(&sender, &toy).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_without_commands_says_nothing_to_who_would_command_it() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let toy = Toy::start(ToySettings::default()).await;
+    let sender = sender();
+    toy.operators.insert(sender.key.id());
+    let key = sender.key.clone();
+    let mut channel = limosa_link::commands::command(toy.address.to_string(), toy.key.id(), key.clone()).await.unwrap();
+    channel.stream.write_all(b"{\"vm_list\":null}\n").await.unwrap();
+    let mut said = Vec::new();
+    channel.stream.read_to_end(&mut said).await.unwrap();
+    assert_eq!(said, b"");
+    // Who answers is found out without being spoken to, and another one is never spoken to.
+    assert_eq!(limosa_link::commands::key_at(toy.address.to_string(), key.clone()).await.unwrap(), toy.key.id());
+    let error = limosa_link::commands::command(toy.address.to_string(), sender.key.id(), key).await.unwrap_err();
+    assert!(error.to_string().contains(&toy.key.id().to_string()), "{error}");
+    good(&sender, &toy).await;
+}
+
 fn preamble(lane: u16) -> LanePreamble {
     LanePreamble {
         version: 1,
@@ -239,14 +277,14 @@ async fn a_question_ahead_tells_the_reasons_and_changes_nothing() {
     let sender = sender();
     let link = sender.link(&toy);
     let described = toy::vm(&sender.guest.memory.map);
-    let error = ask_check(&*link, &described).await.unwrap_err();
+    let error = ask_check(&*link, &described, None).await.unwrap_err();
     assert_eq!(error.code(), Code::UnknownHost, "{error}");
     sender.befriend(&toy);
-    assert_eq!(ask_check(&*link, &described).await.unwrap(), []);
+    assert_eq!(ask_check(&*link, &described, None).await.unwrap(), []);
     assert_eq!(ask_cpu(&*link).await.unwrap().tsc_khz, 7);
     let refusal = Refusal::one(Code::Memory, "no such pages");
     *toy.saw.refuse.lock().unwrap() = Some(refusal.clone());
-    assert_eq!(ask_check(&*link, &described).await.unwrap(), refusal.reasons);
+    assert_eq!(ask_check(&*link, &described, None).await.unwrap(), refusal.reasons);
     *toy.saw.refuse.lock().unwrap() = None;
     assert_eq!((toy.sessions.open(), toy.outcomes.lock().unwrap().len()), (0, 0));
     assert!(toy.saw.memory.lock().unwrap().is_none(), "a VMM was made");

@@ -6,6 +6,7 @@ use crate::commit::{JournalRecord, JournalRecordKind};
 use crate::identity::{Generation, HostId, MigrationId};
 use crate::precopy::PrecopyPolicy;
 use crate::record::Record;
+use crate::ticket::TicketBytes;
 use crate::wire::code::Code;
 use crate::wire::frame::LaneToken;
 use crate::wire::limits::LANES_MAX;
@@ -170,6 +171,8 @@ pub struct SourceConfig {
     pub in_doubt_max: Option<Duration>,
     /// Program and version, told to the destination.
     pub build: String,
+    /// An operator's word that it may, shown before anything else.
+    pub ticket: Option<TicketBytes>,
 }
 
 impl SourceConfig {
@@ -192,6 +195,7 @@ impl SourceConfig {
             deadlines: Deadlines::default(),
             in_doubt_max: None,
             build: concat!("limosa ", env!("CARGO_PKG_VERSION")).to_owned(),
+            ticket: None,
         }
     }
 }

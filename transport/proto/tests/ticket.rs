@@ -2,10 +2,11 @@
 //! also across a restart. Whether agents ask for tickets is not here.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-use limosa_proto::identity::{HostId, Nonce, OperatorId, VmId};
+use limosa_proto::identity::{HostId, MigrationId, Nonce, OperatorId, VmId};
 use limosa_proto::ticket::{
     Action, BYTES_MAX, Claims, Context, Grant, Guests, LIFE_MAX_S, Link, Links, NamePattern, Operator, PREFIX, SKEW_MAX_S,
-    STANDING_LIFE_MAX_S, STRANGERS_CODE, STRANGERS_WORDS, SpentNonces, TEXT_BYTES_MAX, Ticket, TicketRefusal, verify,
+    STANDING_LIFE_MAX_S, STRANGERS_CODE, STRANGERS_WORDS, SpentNonces, TEXT_BYTES_MAX, Ticket, TicketBytes, TicketRefusal,
+    verify,
 };
 use proptest::prelude::*;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
@@ -78,6 +79,7 @@ impl World {
             link: Some(Link::Tcp),
             operators: &self.operators,
             spent: &self.spent,
+            migration: None,
         }
     }
 
@@ -200,10 +202,10 @@ fn a_ticket_is_good_once_also_after_a_restart() {
     let mut world = World::new();
     let mut file = world.spent.emit();
     let grant = world.grant();
-    file.extend(world.spent.spend(&grant, BEGINS + 10).unwrap().unwrap());
+    file.extend(world.spent.spend(&grant, None, BEGINS + 10).unwrap().unwrap());
     assert_eq!(refused(&ticket(claims()), &world.context(), &["2222", "make another"]), "ticket-used");
     // Two sessions may both have verified it before either spent it.
-    assert_eq!(world.spent.spend(&grant, BEGINS + 11).unwrap_err().code(), "ticket-used");
+    assert_eq!(world.spent.spend(&grant, None, BEGINS + 11).unwrap_err().code(), "ticket-used");
     // The agent starts anew; another ticket is as good as before.
     let (spent, good) = SpentNonces::read(&file, 16).unwrap();
     assert_eq!(good, file.len());
@@ -211,7 +213,7 @@ fn a_ticket_is_good_once_also_after_a_restart() {
     assert_eq!(refused(&ticket(claims()), &world.context(), &[]), "ticket-used");
     let other = ticket(Claims { nonce: Nonce([0x23; 16]), ..claims() });
     let grant = verify(&other, &world.context()).unwrap();
-    file.extend(world.spent.spend(&grant, BEGINS + 12).unwrap().unwrap());
+    file.extend(world.spent.spend(&grant, None, BEGINS + 12).unwrap().unwrap());
     // A crash in the middle of that line: it was not durable, so the ticket was not acted upon. The first one stays used.
     let torn = &file[..file.len() - 3];
     let (spent, good) = SpentNonces::read(torn, 16).unwrap();
@@ -221,10 +223,42 @@ fn a_ticket_is_good_once_also_after_a_restart() {
 }
 
 #[test]
+fn another_attempt_at_the_same_migration_is_no_second_use() {
+    let mut world = World::new();
+    let (first, other) = (Some(MigrationId([1; 16])), Some(MigrationId([2; 16])));
+    let grant = world.grant();
+    let line = world.spent.spend(&grant, first, BEGINS).unwrap();
+    assert!(line.is_some());
+    let by = |spent: &SpentNonces, migration| {
+        let code = verify(&ticket(claims()), &Context { spent, migration, ..World::new().context() }).err();
+        code.map(|refusal| refusal.code())
+    };
+    assert_eq!((by(&world.spent, first), by(&world.spent, other)), (None, Some("ticket-used")));
+    assert_eq!(by(&world.spent, None), Some("ticket-used"), "a question is no attempt at a migration");
+    assert_eq!(world.spent.spend(&grant, first, BEGINS), Ok(None), "a further attempt writes no further line");
+    assert_eq!(world.spent.spend(&grant, other, BEGINS).unwrap_err().code(), "ticket-used");
+    // A restart remembers the use and not the attempt; closing has the same effect without one.
+    let (restarted, _) = SpentNonces::read(&world.spent.emit(), 16).unwrap();
+    assert_eq!(by(&restarted, first), Some("ticket-used"));
+    world.spent.close(grant.nonce);
+    assert_eq!(by(&world.spent, first), Some("ticket-used"));
+    assert_eq!(world.spent.spend(&grant, first, BEGINS).unwrap_err().code(), "ticket-used");
+}
+
+#[test]
+fn what_is_presented_shows_itself_to_nobody() {
+    let good = ticket(claims());
+    let bytes = TicketBytes::from(&good);
+    assert_eq!(bytes.parse().unwrap(), good);
+    assert_eq!(format!("{bytes:?}"), format!("TicketBytes({} bytes)", good.emit().len()));
+    assert_eq!(TicketBytes::of(vec![1, 2]).parse().unwrap_err().code(), "ticket-malformed");
+}
+
+#[test]
 fn used_tickets_are_remembered_as_long_as_any_clock_setting_could_accept_them() {
     let mut world = World::new();
     let grant = world.grant();
-    world.spent.spend(&grant, BEGINS).unwrap();
+    world.spent.spend(&grant, None, BEGINS).unwrap();
     let last = ENDS + SKEW_MAX_S;
     assert_eq!(world.spent.forget(last), 0);
     let latest = Context { now: last, skew: SKEW_MAX_S, ..world.context() };
@@ -243,19 +277,19 @@ fn there_is_room_for_so_many_and_no_promise_is_dropped_for_another() {
     let mut world = World::new();
     for number in 0..16 {
         let grant = Grant { nonce: Nonce([number; 16]), ..world.grant() };
-        assert!(world.spent.spend(&grant, BEGINS).unwrap().is_some());
+        assert!(world.spent.spend(&grant, None, BEGINS).unwrap().is_some());
     }
     let more = Grant { nonce: Nonce([99; 16]), ..world.grant() };
-    assert_eq!(world.spent.spend(&more, BEGINS).unwrap_err(), TicketRefusal::Full { count: 16 });
-    assert_eq!(world.spent.spend(&more, ENDS + SKEW_MAX_S).unwrap_err().code(), "ticket-full");
+    assert_eq!(world.spent.spend(&more, None, BEGINS).unwrap_err(), TicketRefusal::Full { count: 16 });
+    assert_eq!(world.spent.spend(&more, None, ENDS + SKEW_MAX_S).unwrap_err().code(), "ticket-full");
     // Once they have expired there is room by itself.
     let later = Grant { not_after: ENDS + 100_000, ..more };
-    assert!(world.spent.spend(&later, ENDS + SKEW_MAX_S + 1).is_ok());
+    assert!(world.spent.spend(&later, None, ENDS + SKEW_MAX_S + 1).is_ok());
     assert_eq!(world.spent.count(), 1);
     // A file with more than there is room for is kept whole.
     let many: Vec<u8> = (0..16).fold(world.spent.emit(), |mut file, number| {
         let mut spent = SpentNonces::new(1);
-        file.extend(spent.spend(&Grant { nonce: Nonce([number; 16]), ..later.clone() }, BEGINS).unwrap().unwrap());
+        file.extend(spent.spend(&Grant { nonce: Nonce([number; 16]), ..later.clone() }, None, BEGINS).unwrap().unwrap());
         file
     });
     assert_eq!(SpentNonces::read(&many, 2).unwrap().0.count(), 17);
@@ -266,8 +300,8 @@ fn files_of_used_tickets_that_cannot_be_trusted_are_not_read() {
     let mut spent = SpentNonces::new(4);
     let world = World::new();
     let mut file = spent.emit();
-    file.extend(spent.spend(&world.grant(), BEGINS).unwrap().unwrap());
-    file.extend(spent.spend(&Grant { nonce: Nonce([1; 16]), ..world.grant() }, BEGINS).unwrap().unwrap());
+    file.extend(spent.spend(&world.grant(), None, BEGINS).unwrap().unwrap());
+    file.extend(spent.spend(&Grant { nonce: Nonce([1; 16]), ..world.grant() }, None, BEGINS).unwrap().unwrap());
     assert_eq!(SpentNonces::read(&file, 4).unwrap().0, spent);
     assert_eq!(SpentNonces::read(&[], 4).unwrap(), (SpentNonces::new(4), 0));
     for cut in 0..file.len() {
@@ -300,7 +334,7 @@ fn a_standing_delegation_is_for_names_that_fit_and_not_used_up() {
     for vm in [VM, VmId([9; 16])] {
         let grant = verify(&standing, &Context { vm, ..world.context() }).unwrap();
         assert!(!grant.single_use);
-        assert_eq!(world.spent.spend(&grant, BEGINS).unwrap(), None);
+        assert_eq!(world.spent.spend(&grant, None, BEGINS).unwrap(), None);
     }
     assert_eq!(world.spent.count(), 0);
     let other = Context { vm_name: "db-1", ..world.context() };
@@ -502,6 +536,7 @@ proptest! {
         let mut asked = Context {
             now: claims.not_before + late, skew: 0, here: claims.destination, source: claims.source, vm, vm_name: &name,
             action: claims.action, link, operators: &actions, spent: &world.spent,
+            migration: None,
         };
         let in_time = asked.now <= claims.not_after;
         let ticket = ticket(claims.clone());
@@ -535,7 +570,7 @@ proptest! {
             match what {
                 0 | 1 => {
                     let grant = Grant { nonce: Nonce([number; 16]), not_after: BEGINS + u64::from(number) * 1_000, ..world.grant() };
-                    if let Ok(line) = spent.spend(&grant, BEGINS + time) {
+                    if let Ok(line) = spent.spend(&grant, None, BEGINS + time) {
                         prop_assert!(used.insert(number), "ticket {number} was accepted twice");
                         file.extend(line.unwrap());
                     }

@@ -6,6 +6,7 @@ use limosa_proto::error::{Coded, Malformed, Violation, WireError};
 use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::memory::{Gpa, MemoryMap, PageRange, Region};
 use limosa_proto::record::Record;
+use limosa_proto::ticket::{BYTES_MAX, TicketBytes};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{
     CONTROL_HEADER_BYTES, ControlHeader, LANE_HEADER_BYTES, LANE_PREAMBLE_BYTES, LaneFrameKind, LaneHeader, LanePreamble,
@@ -131,6 +132,7 @@ fn every_message() -> Vec<Message> {
         Message::Checked(vec![Reason { id: "cpu-feature".to_owned(), words: "avx2".to_owned() }]),
         Message::ReleasedAsk,
         Message::Released(ReleasedAnswer::Open),
+        Message::Ticket(TicketBytes::of(vec![1, 2, 3])),
     ]
 }
 
@@ -249,6 +251,9 @@ fn limits_hold_while_decoding() {
     assert_eq!(Message::parse(6, &body).unwrap(), record(1 << 20), "the largest record fits");
     assert!(Message::parse(6, &record((1 << 20) + 1).emit().unwrap()).is_err());
     assert!(record(1 << 21).emit().is_err());
+    let ticket = |bytes| Message::Ticket(TicketBytes::of(vec![1; bytes]));
+    assert!(Message::parse(27, &ticket(BYTES_MAX).emit().unwrap()).is_ok());
+    assert!(Message::parse(27, &ticket(BYTES_MAX + 1).emit().unwrap()).is_err());
     // A list that promises more than any message can hold is refused before anything is allocated for it.
     assert!(Message::parse(1, &[0xFF, 0xFF, 0xFF, 0xFF, 0x0F]).is_err());
 }
@@ -260,7 +265,7 @@ fn bytes_left_over_and_unknown_kinds_are_errors() {
         body.push(0);
         assert!(Message::parse(message.kind(), &body).is_err(), "{}", message.name());
     }
-    for kind in [0, 29, 65_535] {
+    for kind in [0, 30, 65_535] {
         assert!(matches!(Message::parse(kind, &[]), Err(Malformed::Value { .. })), "{kind}");
     }
     assert!(matches!(Message::parse(9, &vec![0; MESSAGE_BYTES_MAX + 1]), Err(Malformed::TooLarge { .. })));

@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot, verdict};
+use crate::{announcing, check, cpu, leaving, links, operators, outgoing, pausing, snapshot, tickets, verdict};
 use limosa_announce::Announcer;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,6 +49,9 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
         Request::HostRemove { name } => {
             agent.hosts.remove(&name).map_err(|e| ApiError::refused("host", e.to_string()))?;
             Ok(Answer::Done(format!("{name} is not trusted any more")))
+        }
+        Request::Parties { vm, to } => {
+            blocking(agent, move |agent| tickets::parties(agent, &vm, &to).map(|found| Answer::Parties(Box::new(found)))).await
         }
         Request::Migrate(request) => {
             if request.plan_only {
@@ -128,12 +131,17 @@ fn trust(agent: &Agent, info: &HostInfo) -> Result<Answer, ApiError> {
     if info.id.parse().is_ok_and(|id: limosa_proto::identity::HostId| id == agent.key.id()) {
         return Err(ApiError::refused("host", "that is this host's own id; run `limosa host id` on the other host"));
     }
+    if let Some(operator) = info.id.parse().ok().and_then(|id| agent.operators.with_key(id)) {
+        let words =
+            format!("that key is operator {}'s: a host needs a key of its own; run `limosa host id` there", operator.name);
+        return Err(ApiError::refused("host", words));
+    }
     let host = agent.hosts.trust(info).map_err(|e| ApiError::refused("host", e.to_string()))?;
     Ok(Answer::Done(format!("{} at {} is trusted", host.name, host.address)))
 }
 
 fn job(agent: &Agent, id: u64) -> Result<JobInfo, ApiError> {
-    agent.jobs.get(id).ok_or_else(|| ApiError::refused("no-job", format!("there is no job {id}; `limosa jobs` lists them")))
+    agent.jobs.get(id).ok_or_else(|| operators::no_job(id))
 }
 
 /// Sends a job's progress until it has ended or is in doubt; its last state is the answer.

@@ -8,6 +8,8 @@ use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
 use crate::journal::{self, Journal};
 use crate::links::Links;
+use crate::operators::Operators;
+use crate::tickets::Tickets;
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
@@ -45,6 +47,8 @@ pub(crate) struct Agent {
     pub(crate) jobs: Jobs,
     pub(crate) vms: Vms,
     pub(crate) links: Links,
+    pub(crate) operators: Operators,
+    pub(crate) tickets: Tickets,
     pub(crate) cpu: Learnt,
     stopping: AtomicBool,
     started: Instant,
@@ -68,11 +72,21 @@ impl Agent {
         let (journal, warnings) = journal::open(&config.state_dir).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
+        let operators = Operators::new(config.operators.clone());
+        if let Some(both) = operators.both(hosts.all().into_iter().map(|host| host.id).chain([key.id()])) {
+            let words = format!(
+                "the key of operator {} is a host's: an operator needs a key of its own (`limosa operator id`)",
+                both.name
+            );
+            return Err(ApiError::usage("operators", words));
+        }
+        let tickets = Tickets::open(&config.state_dir);
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
         let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
+        let parts = Agent { config, key, hosts, journal, jobs, vms, links, operators, tickets, cpu, stopping, started };
+        Ok((parts, warnings))
     }
 
     /// The journal, for reading.

@@ -91,6 +91,13 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Whom a ticket for a move has to name.
+    Parties {
+        /// The guest's name.
+        vm: String,
+        /// The destination's name.
+        to: String,
+    },
     /// Move a guest; answers with progress until it ends.
     Migrate(MigrateRequest),
     /// Every reason that would stop a migration; nothing is begun.
@@ -155,6 +162,21 @@ pub struct MigrateRequest {
     pub quick: Option<bool>,
     /// Only say what would be done.
     pub plan_only: bool,
+    /// An operator's ticket for it, as text.
+    pub ticket: Option<String>,
+}
+
+/// Whom a ticket for a move has to name, by the word of the host that is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parties {
+    /// The guest's name.
+    pub vm: String,
+    /// The guest's identity.
+    pub vm_id: String,
+    /// The host that is asked.
+    pub source: HostInfo,
+    /// The host that it would go to.
+    pub destination: HostInfo,
 }
 
 /// A migration with everything resolved, as it is going to be done.
@@ -569,6 +591,8 @@ pub enum Answer {
     Jobs(Vec<JobInfo>),
     /// A plan.
     Plan(Box<Plan>),
+    /// Whom a ticket has to name.
+    Parties(Box<Parties>),
     /// What left on which interface.
     Announced(Vec<String>),
     /// What is known.
@@ -634,7 +658,15 @@ impl Exchange {
             };
             ApiError::refused("no-agent", format!("the agent at {} cannot be reached: {e}; {hint}", socket.display()))
         };
-        let mut stream = UnixStream::connect(socket).map_err(error)?;
+        Exchange::over(UnixStream::connect(socket).map_err(error)?, request)
+    }
+
+    /// Sends `request` over a stream that leads to an agent.
+    ///
+    /// # Errors
+    /// The stream is broken.
+    pub fn over(mut stream: UnixStream, request: &Request) -> Result<Exchange, ApiError> {
+        let error = |e: std::io::Error| ApiError::refused("agent-lost", format!("the request could not be sent: {e}"));
         let mut line = serde_json::to_vec(request).map_err(|e| error(e.into()))?;
         line.push(b'\n');
         stream.set_write_timeout(Some(Duration::from_secs(10))).map_err(error)?;

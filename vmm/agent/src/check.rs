@@ -4,11 +4,12 @@
 use crate::agent::Agent;
 use crate::api::{ApiError, CheckReport, Direction, Estimate, MigrateRequest, Plan};
 use crate::leaving::{Planned, planned};
-use crate::{disks, links};
+use crate::{disks, links, tickets};
 use limosa_link::choose::{LinkKind, Wanted, look};
 use limosa_link::probe::probe;
 use limosa_link::{Link, ask_check};
 use limosa_proto::compat;
+use limosa_proto::ticket::Action;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::Reason;
 use std::sync::Arc;
@@ -19,7 +20,9 @@ use std::sync::Arc;
 /// It cannot be checked: no such guest or host, a request that makes no sense.
 pub(crate) async fn check(agent: &Arc<Agent>, request: MigrateRequest) -> Result<CheckReport, ApiError> {
     let vm = agent.vms.named(&request.vm)?;
+    let order = request.clone();
     let Planned { plan, host, link } = planned(agent, request).await?;
+    let ticket = tickets::of_order(agent, &order, (vm.id, &vm.name), &host, Action::Check)?;
     let mut description =
         vm.description().ok_or_else(|| ApiError::refused("vmm-failed", format!("{} has not described itself", vm.name)))?;
     let mut reasons = Vec::new();
@@ -42,7 +45,7 @@ pub(crate) async fn check(agent: &Arc<Agent>, request: MigrateRequest) -> Result
     let marked = marked.await.map_err(|e| ApiError::refused("internal", e.to_string()))?;
     let (_marks, description) = marked.map_err(|words| ApiError::refused("disk", words))?;
     let asked = match &ask {
-        Some(link) => Some(ask_check(&**link, &description).await),
+        Some(link) => Some(ask_check(&**link, &description, ticket).await),
         None => None,
     };
     match asked {

@@ -2,6 +2,8 @@
 //! How TOML is read and how problems are shown is in `checked`; the guest's own file is in `vm_config`.
 
 use crate::checked::{ConfigError, Problems, Section, read_text};
+use crate::operators::{self, Operator};
+use crate::tickets;
 use limosa_link::choose::{LinkKind, Wanted};
 use limosa_link::pages::Populate;
 use limosa_link::quic::{Congestion, QuicSettings};
@@ -135,6 +137,10 @@ pub struct Config {
     pub storage: Storage,
     /// The CPU that guests may have.
     pub cpu: Cpu,
+    /// Whose commands from other machines are obeyed, and whose tickets count.
+    pub operators: Vec<Operator>,
+    /// How tickets are asked for.
+    pub tickets: tickets::Settings,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -190,6 +196,8 @@ impl Default for Config {
             rdma: Rdma::default(),
             storage: Storage::default(),
             cpu: Cpu::default(),
+            operators: Vec::new(),
+            tickets: tickets::Settings::default(),
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -242,6 +250,11 @@ impl Config {
             }
             if let Some(section) = root.section("cpu") {
                 config.cpu.read(section);
+            }
+            config.operators = operators::read(root.sections("operator"));
+            if let Some(section) = root.section("tickets") {
+                let warning = config.tickets.read(section);
+                config.warnings.extend(warning);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();

@@ -193,7 +193,7 @@ fn parse(file: &Path, text: &str) -> Result<BTreeMap<String, Host>, ConfigError>
 }
 
 /// `address` with the default port if it has none; none if it is no address.
-fn with_port(address: &str) -> Option<String> {
+pub(crate) fn with_port(address: &str) -> Option<String> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']' | '%');
     if address.is_empty() || address.len() > 255 || !address.chars().all(good) {
         return None;
@@ -211,7 +211,7 @@ fn with_port(address: &str) -> Option<String> {
     }
 }
 
-fn bad_address(address: &str) -> String {
+pub(crate) fn bad_address(address: &str) -> String {
     let shown: String = address.chars().take(80).collect();
     format!("{shown:?} is no address: ADDRESS or ADDRESS:PORT is needed, such as 10.0.0.2, [fd00::2]:13560 or beta.example:13560")
 }

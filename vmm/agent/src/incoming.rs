@@ -7,6 +7,7 @@ use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::asking;
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
+use crate::desk;
 use crate::disks;
 use crate::jobs::Ending;
 use crate::links;
@@ -16,19 +17,21 @@ use crate::pages::GuestPages;
 use crate::pausing::hold;
 use crate::process::memory_available;
 use crate::settle;
+use crate::tickets::{self, Arrival};
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::driver::fresh_token;
 use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
-use limosa_link::{Cancel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
+use limosa_link::{Caller, Cancel, CommandChannel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
 use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
-use limosa_proto::identity::{Generation, MigrationId, VmId};
+use limosa_proto::identity::{Generation, MigrationId, Nonce, VmId};
 use limosa_proto::record::Record;
 use limosa_proto::recovery::Ended;
+use limosa_proto::ticket::{Action, TicketBytes};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
@@ -50,7 +53,13 @@ const HOST_BYTES: u64 = 128 << 20;
 pub(crate) struct Reception(pub(crate) Arc<Agent>);
 
 impl Hosting for Reception {
-    fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal> {
+    fn incoming(
+        &self,
+        peer: &Peer,
+        header: &ControlHeader,
+        hello: &Hello,
+        ticket: Option<TicketBytes>,
+    ) -> Result<Incoming, Refusal> {
         let agent = &self.0;
         if agent.is_stopping() {
             return Err(Refusal::one(Code::Shutdown, "the destination's agent is stopping"));
@@ -79,6 +88,14 @@ impl Hosting for Reception {
         tokio::spawn(show(Arc::clone(agent), job, attempt, hello.vm.memory.bytes(), seen, ended));
         let receiving = Receiving {
             agent: Arc::clone(agent),
+            arrival: Arrival {
+                source: peer.id,
+                action: Action::Migrate,
+                link: hello.link.parse().ok(),
+                migration: Some(header.migration),
+            },
+            ticket,
+            used: None,
             job,
             vm: None,
             launched: false,
@@ -102,8 +119,16 @@ impl Hosting for Reception {
         links::offers(&self.0)
     }
 
-    fn check(&self, _peer: &Peer, vm: &VmDescription) -> Vec<Reason> {
-        reasons(&self.0, vm)
+    fn check(&self, peer: &Peer, vm: &VmDescription, ticket: Option<TicketBytes>) -> Vec<Reason> {
+        let arrival = Arrival { source: peer.id, action: Action::Check, link: None, migration: None };
+        match tickets::admit(&self.0, arrival, vm, ticket.as_ref()) {
+            Ok(_) => reasons(&self.0, vm),
+            Err(reason) => vec![reason],
+        }
+    }
+
+    fn commands(&self, caller: Caller, channel: CommandChannel) {
+        desk::receive(&self.0, caller, channel);
     }
 
     fn cpu(&self, _peer: &Peer) -> CpuProfile {
@@ -156,7 +181,9 @@ async fn show(
     }
     let ending = match ended {
         Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
-        Ok(DestinationOutcome::Refused(refusal)) => end(JobState::Refused, refusal.words(), Some(refusal.code)),
+        Ok(DestinationOutcome::Refused(refusal)) => {
+            Ending { code: Some(tickets::code_of(&refusal)), ..end(JobState::Refused, refusal.words(), None) }
+        }
         Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
         Ok(DestinationOutcome::Stuck { words }) => {
             end(JobState::InDoubt, format!("the guest is this host's, and its VMM could not be brought to run it: {words}"), None)
@@ -212,6 +239,10 @@ pub(crate) fn offer(agent: &Agent) -> HostOffer {
 /// The destination's host: the VMM that is made for the guest, and the journal.
 struct Receiving {
     agent: Arc<Agent>,
+    arrival: Arrival,
+    ticket: Option<TicketBytes>,
+    /// The ticket for one guest that it came by.
+    used: Option<Nonce>,
     job: u64,
     vm: Option<Claim>,
     /// A VMM was made for it, or may have been.
@@ -260,6 +291,8 @@ impl Drop for Receiving {
 impl DestinationHost for Receiving {
     fn check(&mut self, vm: &VmDescription) -> Result<(), Refusal> {
         failpoints::pass(Some(Point::DestinationChecking));
+        // Before anything is told or done: nothing of this host is said to a source that may not come.
+        self.used = tickets::admit(&self.agent, self.arrival, vm, self.ticket.as_ref()).map_err(tickets::refusal)?;
         settle::await_its_vmm(&self.agent, vm.id);
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
@@ -368,6 +401,10 @@ impl DestinationHost for Receiving {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
+        if let Some(used) = self.used.take_if(|_| record.kind == JournalRecordKind::Ready) {
+            // From here on the guest may be committed, and what follows that is another migration.
+            self.agent.tickets.close(used);
+        }
         let [unwritten, written] = points(record.kind);
         failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;

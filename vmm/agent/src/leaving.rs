@@ -11,6 +11,7 @@ use crate::networks;
 use crate::outgoing::{KeptFrames, Prepared, Sending, resolve};
 use crate::pages::GuestPages;
 use crate::settle;
+use crate::tickets;
 use crate::vm::{Vm, VmState};
 use limosa_link::choose::{Candidate, Choice, Found, NoLink, Protection, Wanted, choose, look, may_fall_back};
 use limosa_link::failpoints::{self, Point};
@@ -23,6 +24,7 @@ use limosa_proto::progress::Progress;
 use limosa_proto::recovery::Ended;
 use limosa_proto::report::{LinkTried, Measured, Report};
 use limosa_proto::state::SourceState;
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{Refusal, VmDescription};
 use std::sync::{Arc, PoisonError};
@@ -110,13 +112,13 @@ pub(crate) async fn carry_out(
     (migration, generation): (MigrationId, Generation),
     cancel: Cancel,
 ) {
-    let Prepared { plan, host, wanted, claim, pages, description, marks } = prepared;
+    let Prepared { plan, host, wanted, claim, pages, description, marks, ticket } = prepared;
     failpoints::pass(Some(Point::SourceBegins));
     let (vm, to) = (Arc::clone(claim.vm()), host.name.clone());
     vm.on_lost(Some(cancel.clone()));
     vm.end_announcing();
     let kept = KeptFrames::default();
-    let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept };
+    let mut leaving = Leaving { agent, id, plan, host, vm, pages, description, migration, generation, cancel, kept, ticket };
     let (outcome, report) = leaving.leave(wanted).await;
     let Leaving { agent, vm, kept, migration, generation, .. } = leaving;
     // Whatever came of it, nobody looks for them any more. Before the job ends, so that who waits for it finds none.
@@ -186,6 +188,7 @@ struct Leaving {
     generation: Generation,
     cancel: Cancel,
     kept: KeptFrames,
+    ticket: Option<TicketBytes>,
 }
 
 impl Leaving {
@@ -293,6 +296,7 @@ impl Leaving {
             peer_silence_max: set.silence_max,
             // A guest that may stand still for long must not be given up in the middle of it.
             deadlines: Deadlines { stopped: usual.stopped.max(downtime_max * 2), ..usual },
+            ticket: self.ticket.clone(),
             ..SourceConfig::new(self.migration, self.generation, self.host.id, self.description.clone())
         }
     }
@@ -359,5 +363,9 @@ fn ending(outcome: &SourceOutcome, report: Report) -> Ending {
         }
         SourceOutcome::InDoubt { words } => (JobState::InDoubt, words.clone()),
     };
-    Ending { state, words, code: report.code.clone(), report: Some(report) }
+    let code = match outcome {
+        SourceOutcome::Refused(refusal) => Some(tickets::code_of(refusal)),
+        _ => report.code.clone(),
+    };
+    Ending { state, words, code, report: Some(report) }
 }

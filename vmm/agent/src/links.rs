@@ -47,6 +47,9 @@ pub(crate) fn listen(agent: &Arc<Agent>, hosting: Arc<dyn Hosting>, stop: &Cance
     if agent.config.allow.networks().is_empty() {
         tracing::warn!("the allow-list is empty: no host can send a guest here");
     }
+    if agent.config.tickets.required && agent.operators.all().is_empty() {
+        tracing::warn!("no [[operator]] is named: no guest can come, for want of a ticket that counts here");
+    }
     let (rdma, fabric) = match bind_rdma(agent, &allow) {
         Ok((listening, port, fabric)) => {
             tracing::info!(port, "guests may come over RDMA");
@@ -66,6 +69,7 @@ pub(crate) fn listen(agent: &Arc<Agent>, hosting: Arc<dyn Hosting>, stop: &Cance
         let (key, trusted) = (agent.key.clone(), agent.hosts.trusted());
         let listener = Listener::bind(*address, settings(agent), key, trusted, Arc::clone(&allow));
         let listener = listener.map_err(|e| ApiError::refused("listen", format!("agent.listen: {address}: {e}")))?;
+        let listener = listener.with_operators(agent.operators.keys());
         tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
     }
     let quic = bind_quic(agent, &allow).map(|listeners| {

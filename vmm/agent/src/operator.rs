@@ -72,6 +72,11 @@ impl OperatorKey {
         OperatorId(self.0.id().0)
     }
 
+    /// The key itself, to be shown to agents that are commanded.
+    pub(crate) fn key(&self) -> &HostKey {
+        &self.0
+    }
+
     /// Makes a ticket with a new nonce.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use crate::hosts::Host;
 use crate::leaving;
 use crate::pages::GuestPages;
 use crate::settle;
+use crate::tickets;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
@@ -20,6 +21,7 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::identity::MigrationId;
 use limosa_proto::precopy::NoConvergence;
 use limosa_proto::record::Record;
+use limosa_proto::ticket::{Action, TicketBytes};
 use limosa_proto::wire::message::{VerdictAnswer, VmDescription};
 use ring::rand::SecureRandom as _;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,13 +32,15 @@ const REPLUG_MAX: Duration = Duration::from_secs(3);
 /// More lanes than this bring nothing unless they are asked for.
 const LANES_CHOSEN_MAX: usize = 4;
 
+/// No host has this name here.
+pub(crate) fn unknown_host(name: &str) -> ApiError {
+    ApiError::refused("unknown-host", format!("no host is called \"{name}\" here; `limosa host trust` makes one known"))
+}
+
 /// What would be done, with everything resolved but the link.
 pub(crate) fn resolve(agent: &Agent, request: &MigrateRequest) -> Result<(Plan, Host, Wanted), ApiError> {
     let vm = agent.vms.named(&request.vm)?;
-    let host = agent.hosts.named(&request.to).ok_or_else(|| {
-        let words = format!("no host is called \"{}\" here; `limosa host trust` makes one known", request.to);
-        ApiError::refused("unknown-host", words)
-    })?;
+    let host = agent.hosts.named(&request.to).ok_or_else(|| unknown_host(&request.to))?;
     let description =
         vm.description().ok_or_else(|| ApiError::refused("vmm-failed", format!("{} has not described itself", vm.name)))?;
     let set = &agent.config.migration;
@@ -102,6 +106,8 @@ pub(crate) struct Prepared {
     pub(crate) pages: Arc<GuestPages>,
     /// Beside the images, for as long as the migration takes.
     pub(crate) marks: Marks,
+    /// An operator's word that it may.
+    pub(crate) ticket: Option<TicketBytes>,
 }
 
 /// Begins to move a guest; gives the job's number.
@@ -134,6 +140,8 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
 
 fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError> {
     let (mut plan, host, wanted) = resolve(agent, request)?;
+    let vm = agent.vms.named(&request.vm)?;
+    let ticket = tickets::of_order(agent, request, (vm.id, &vm.name), &host, Action::Migrate)?;
     let claim = agent.vms.claim(&request.vm, "migrating")?;
     // From here on nobody else pauses or resumes it.
     plan.paused = claim.vm().state() == VmState::Held;
@@ -145,7 +153,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
     let marked = disks::mark(&agent.config.state_dir, &mut description);
     let marks = marked.map_err(|words| ApiError::refused("disk", words))?;
-    Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)), marks })
+    Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)), marks, ticket })
 }
 
 /// The source's host: the guest's VMM behind the plug, and the journal.

@@ -1,16 +1,16 @@
-//! The agent's end of the API: a UNIX socket, one request a connection, lines of JSON back.
-//! What is done with a request is in `actions`; the types are in `api`.
+//! The agent's end of the API: a UNIX socket, one request a connection, lines of JSON back. What comes from other machines is
+//! answered in the same way (`desk`). What is done with a request is in `actions`; the types are in `api`.
 
 use crate::agent::Agent;
 use crate::api::{ApiError, REQUEST_BYTES_MAX, Request, Response};
+use crate::desk::Remote;
 use crate::{actions, verdict};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -84,25 +84,39 @@ async fn answer(agent: Arc<Agent>, stream: UnixStream) {
         let words = format!("user {user:?} may not command this agent");
         return last(&mut write, Response::Error(ApiError::refused("not-allowed", words))).await;
     }
+    converse(agent, read, write, &verdict::who(user.ok()), None).await;
+}
+
+/// Takes one request of `who` and answers it; an operator's only as far as its rules go.
+pub(crate) async fn converse(
+    agent: Arc<Agent>,
+    read: impl AsyncRead + Unpin,
+    mut write: impl AsyncWrite + Unpin,
+    who: &str,
+    operator: Option<Remote>,
+) {
     let mut read = BufReader::new(read);
     let request = match tokio::time::timeout(REQUEST_MAX, request(&mut read)).await {
         Ok(Ok(request)) => request,
         Ok(Err(error)) => return last(&mut write, Response::Error(error)).await,
         Err(_) => return,
     };
+    if let Some(Err(error)) = operator.as_ref().map(|operator| operator.permits(&request)) {
+        return last(&mut write, Response::Error(error)).await;
+    }
     let (sender, receiver) = mpsc::channel(LINES_MAX);
     let work = async {
         let replies = Replies(sender);
-        let response = match actions::act(&agent, request, &replies, &verdict::who(user.ok())).await {
+        let response = match actions::act(&agent, request, &replies, who).await {
             Ok(answer) => Response::Result(answer),
             Err(error) => Response::Error(error),
         };
         replies.send(response).await;
     };
-    tokio::join!(work, write_lines(receiver, write, read));
+    tokio::join!(work, write_lines(receiver, write, read, operator));
 }
 
-async fn request(read: &mut BufReader<OwnedReadHalf>) -> Result<Request, ApiError> {
+async fn request(read: &mut BufReader<impl AsyncRead + Unpin>) -> Result<Request, ApiError> {
     let mut line = Vec::new();
     let bad = |words: String| ApiError::usage("request", words);
     let count = read.take(REQUEST_BYTES_MAX).read_until(b'\n', &mut line).await.map_err(|e| bad(e.to_string()))?;
@@ -113,13 +127,28 @@ async fn request(read: &mut BufReader<OwnedReadHalf>) -> Result<Request, ApiErro
 }
 
 /// Writes lines until there are no more or the reader is gone.
-async fn write_lines(mut lines: mpsc::Receiver<Response>, mut write: OwnedWriteHalf, mut read: BufReader<OwnedReadHalf>) {
+async fn write_lines(
+    mut lines: mpsc::Receiver<Response>,
+    mut write: impl AsyncWrite + Unpin,
+    mut read: BufReader<impl AsyncRead + Unpin>,
+    operator: Option<Remote>,
+) {
     let mut rest = [0_u8; 64];
     loop {
         tokio::select! {
             line = lines.recv() => match line {
-                Some(line) if put(&mut write, &line).await => {}
-                _ => return,
+                Some(line) => {
+                    let shown = operator.as_ref().map_or(Ok(Some(line.clone())), |operator| operator.shown(line));
+                    let sent = match shown {
+                        Ok(Some(line)) => put(&mut write, &line).await,
+                        Ok(None) => true,
+                        Err(error) => return last(&mut write, Response::Error(error)).await,
+                    };
+                    if !sent {
+                        return;
+                    }
+                }
+                None => return,
             },
             // Nothing more is to come from a command: bytes are ignored, an end means that it went away.
             count = read.read(&mut rest) => if !matches!(count, Ok(1..)) {
@@ -129,12 +158,12 @@ async fn write_lines(mut lines: mpsc::Receiver<Response>, mut write: OwnedWriteH
     }
 }
 
-async fn put(write: &mut OwnedWriteHalf, response: &Response) -> bool {
+async fn put(write: &mut (impl AsyncWrite + Unpin), response: &Response) -> bool {
     let Ok(mut line) = serde_json::to_vec(response) else { return false };
     line.push(b'\n');
     matches!(tokio::time::timeout(WRITE_MAX, write.write_all(&line)).await, Ok(Ok(())))
 }
 
-async fn last(write: &mut OwnedWriteHalf, response: Response) {
+pub(crate) async fn last(write: &mut (impl AsyncWrite + Unpin), response: Response) {
     put(write, &response).await;
 }

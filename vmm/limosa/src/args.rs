@@ -24,6 +24,21 @@ pub(crate) struct Cli {
     /// The agent's API socket, if it is not api.sock in the run directory
     #[arg(long, global = true, value_name = "SOCKET")]
     pub(crate) api: Option<PathBuf>,
+    /// Command the agent of another machine, with your operator key: a host of `limosa operator hosts`, or its address
+    #[arg(long, global = true, value_name = "HOST|ADDRESS[:PORT]", conflicts_with = "api")]
+    pub(crate) host: Option<String>,
+    /// The key that agent must have: what `limosa host id` prints there
+    #[arg(long, global = true, value_name = "ID", requires = "host")]
+    pub(crate) host_id: Option<HostId>,
+    /// Your operator key
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "LIMOSA_OPERATOR_KEY",
+        help = "Your operator key [default: limosa/operator.key in $XDG_CONFIG_HOME, or in ~/.config]"
+    )]
+    pub(crate) key: Option<PathBuf>,
     /// How logs look, on standard error
     #[arg(long, global = true, value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
@@ -89,7 +104,7 @@ pub(crate) enum Command {
     /// The rules that say from which addresses guests may come, as the agent's configuration has them
     #[command(subcommand)]
     Allow(AllowCommand),
-    /// Who you are as an operator
+    /// Who you are as an operator, and which hosts you know
     #[command(subcommand)]
     Operator(OperatorCommand),
     /// Tickets: an operator's signed word that one host may move a guest to another. Needs no agent
@@ -251,6 +266,14 @@ pub(crate) struct MigrateArgs {
     /// Send it while it runs
     #[arg(long, overrides_with = "quick")]
     pub(crate) no_quick: bool,
+    /// An operator's ticket for it, as text or as @FILE [default: one that is made with your operator key, if you have one]
+    #[arg(long, value_name = "TICKET|@FILE")]
+    pub(crate) ticket: Option<String>,
+    /// Print the ticket that is used, on standard error
+    #[arg(long, overrides_with = "no_print_ticket")]
+    pub(crate) print_ticket: bool,
+    #[arg(long, hide = true)]
+    pub(crate) no_print_ticket: bool,
     /// Show what would be done, and do nothing
     #[arg(long, overrides_with = "no_print_plan")]
     pub(crate) print_plan: bool,
@@ -268,6 +291,9 @@ pub(crate) struct CheckArgs {
     /// What would carry the guest's memory [default: the agent's]
     #[arg(long, value_enum)]
     pub(crate) link: Option<LinkKind>,
+    /// An operator's ticket for it, as text or as @FILE [default: one that is made with your operator key, if you have one]
+    #[arg(long, value_name = "TICKET|@FILE")]
+    pub(crate) ticket: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -293,25 +319,24 @@ pub(crate) struct ConfigFile {
     pub(crate) config: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct KeyFile {
-    /// Your key
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "LIMOSA_OPERATOR_KEY",
-        help = "Your key [default: limosa/operator.key in $XDG_CONFIG_HOME, or in ~/.config]"
-    )]
-    pub(crate) key: Option<PathBuf>,
-}
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum OperatorCommand {
     /// Show your operator id; the first time, make your key
-    Id {
-        #[command(flatten)]
-        key: KeyFile,
+    Id,
+    /// Make a host known to you, for --host
+    Trust {
+        /// What to call it
+        name: String,
+        /// What `limosa host id` prints there
+        id: String,
+        /// Where its agent listens: ADDRESS or ADDRESS:PORT
+        #[arg(value_name = "ADDRESS[:PORT]")]
+        address: String,
     },
+    /// List the hosts that are known to you
+    Hosts,
+    /// Forget a host
+    Forget { name: String },
 }
 
 #[derive(Debug, Subcommand)]
@@ -357,8 +382,6 @@ pub(crate) struct TicketMakeArgs {
     /// From when on [default: now]
     #[arg(long, value_name = "DATE", value_parser = humantime::parse_rfc3339_weak)]
     pub(crate) from: Option<SystemTime>,
-    #[command(flatten)]
-    pub(crate) key: KeyFile,
 }
 
 #[derive(Debug, Args)]
@@ -392,8 +415,6 @@ pub(crate) struct TicketVerifyArgs {
     /// By how much the clocks may differ [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) skew: Option<Duration>,
-    #[command(flatten)]
-    pub(crate) key: KeyFile,
 }
 
 /// Which link carries the pages.
@@ -586,6 +607,9 @@ mod tests {
             "ticket make --source x --destination y --vm z",
             "ticket make --vms web-*",
             "ticket verify",
+            "vm list --host-id x --host a",
+            "vm list --host a --api /run/a",
+            "operator trust a",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -32,6 +32,16 @@ pub fn main() -> ExitCode {
 }
 
 fn run(context: &Context, command: Command) -> Ended {
+    let local = match &command {
+        Command::Agent { .. } => Some("agent"),
+        Command::Vmm(_) => Some("vmm"),
+        Command::Allow(_) => Some("allow"),
+        Command::Demo(_) => Some("demo"),
+        Command::Completions { .. } => Some("completions"),
+        Command::Man { .. } => Some("man"),
+        _ => None,
+    };
+    local.map_or(Ok(()), |what| context.here_only(what))?;
     match command {
         Command::Agent { config, check, .. } => commands::agent::run(context, config.as_deref(), check),
         Command::Vmm(args) => vmm::run(&args),

@@ -26,6 +26,7 @@ pub(crate) fn migrate_request(args: &MigrateArgs) -> Result<MigrateRequest, ApiE
         bandwidth: args.bandwidth,
         quick: switch(args.quick, args.no_quick),
         plan_only: args.print_plan,
+        ticket: None,
     })
 }
 

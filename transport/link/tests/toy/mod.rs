@@ -23,6 +23,7 @@ use limosa_proto::memory::{MemoryMap, PAGE_BYTES};
 use limosa_proto::progress::Progress;
 use limosa_proto::record::Record;
 use limosa_proto::report::Report;
+use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::message::{Hello, Reason, Refusal, VerdictAnswer, VmDescription};
 use std::net::SocketAddr;
@@ -280,6 +281,8 @@ impl DestinationHost for ToyDestination {
 pub struct Toy {
     pub key: HostKey,
     pub trusted: TrustedHosts,
+    /// Keys of operators.
+    pub operators: TrustedHosts,
     pub allow: Arc<RwLock<AllowList>>,
     pub address: SocketAddr,
     pub sessions: Sessions,
@@ -328,7 +331,7 @@ struct ToyHosting {
 }
 
 impl Hosting for ToyHosting {
-    fn incoming(&self, peer: &Peer, header: &ControlHeader, _: &Hello) -> Result<Incoming, Refusal> {
+    fn incoming(&self, peer: &Peer, header: &ControlHeader, _: &Hello, _: Option<TicketBytes>) -> Result<Incoming, Refusal> {
         let mut config = DestinationConfig::new(header.migration, header.generation, peer.id, fresh_token().unwrap());
         config.plaintext_allowed = self.settings.listener.plaintext_lanes;
         config.deadlines.ready = self.settings.ready;
@@ -359,7 +362,7 @@ impl Hosting for ToyHosting {
             done: Some(done),
         })
     }
-    fn check(&self, _: &Peer, vm: &VmDescription) -> Vec<Reason> {
+    fn check(&self, _: &Peer, vm: &VmDescription, _: Option<TicketBytes>) -> Vec<Reason> {
         assert_eq!(vm.name, "toy");
         self.saw.refuse.lock().unwrap().clone().map_or_else(Vec::new, |refusal| refusal.reasons)
     }
@@ -399,10 +402,12 @@ impl Toy {
         let listener =
             Listener::bind("127.0.0.1:0".parse().unwrap(), settings.listener, key.clone(), trusted.clone(), allow.clone())
                 .unwrap();
+        let operators = TrustedHosts::default();
+        let listener = listener.with_operators(operators.clone());
         let (address, counters, stop) = (listener.local_address().unwrap(), listener.counters(), Cancel::new());
         let sessions = Sessions::with_fabric(Arc::new(hosting), settings.incoming_max, settings.fabric);
         tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
-        Toy { key, trusted, allow, address, sessions, saw, stop, counters, outcomes, cancel, seen }
+        Toy { key, trusted, operators, allow, address, sessions, saw, stop, counters, outcomes, cancel, seen }
     }
 
     /// Waits until no migration is open there, and forgets what the last one left.

@@ -60,6 +60,9 @@ pub(super) fn starting(core: &mut Core) -> State {
         keepalive_ms: ms_saturating(config.keepalive),
         source_build: config.build.clone(),
     };
+    if let Some(ticket) = core.config.ticket.clone() {
+        core.send(Message::Ticket(ticket));
+    }
     core.send(Message::Hello(Box::new(hello)));
     core.patience(core.config.deadlines.answer);
     State::Preamble

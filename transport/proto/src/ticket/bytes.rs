@@ -3,8 +3,10 @@
 
 use super::{Action, Claims, Guests, Links, NamePattern, PATTERN_BYTES_MAX, Ticket, TicketRefusal};
 use crate::identity::{HostId, Nonce, OperatorId, VmId};
+use crate::wire::limits;
 use data_encoding::BASE64URL_NOPAD;
 use ring::signature::{ED25519, UnparsedPublicKey};
+use serde::{Deserialize, Serialize};
 
 /// Version of the layout, the first byte and part of [`PREFIX`].
 pub const VERSION: u8 = 1;
@@ -27,6 +29,41 @@ const NAMED: u8 = 1;
 
 /// The number of an action.
 const ACTIONS: [(Action, u8); 2] = [(Action::Migrate, 1), (Action::Check, 2)];
+
+/// A ticket as it is on its way to a destination: bytes that nobody has looked at but for their number. Its debug output does
+/// not show them.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TicketBytes(
+    #[serde(serialize_with = "limits::emit_bytes", deserialize_with = "limits::bytes::<_, BYTES_MAX>")] Vec<u8>,
+);
+
+impl std::fmt::Debug for TicketBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TicketBytes({} bytes)", self.0.len())
+    }
+}
+
+impl From<&Ticket> for TicketBytes {
+    fn from(ticket: &Ticket) -> TicketBytes {
+        TicketBytes(ticket.emit())
+    }
+}
+
+impl TicketBytes {
+    /// Bytes of whatever kind, for those who would show a destination something else.
+    #[must_use]
+    pub fn of(bytes: Vec<u8>) -> TicketBytes {
+        TicketBytes(bytes)
+    }
+
+    /// The ticket that they are.
+    ///
+    /// # Errors
+    /// They are none, or one of another version.
+    pub fn parse(&self) -> Result<Ticket, TicketRefusal> {
+        Ticket::decode(&self.0)
+    }
+}
 
 impl Claims {
     /// What the issuer signs.

@@ -27,10 +27,10 @@
 //! let now = 1_010;
 //! let grant = verify(&ticket, &Context {
 //!     now, skew: 30, here: destination, source, vm, vm_name: "web", action: Action::Migrate, link: Some(Link::Tcp),
-//!     operators: &operators, spent: &spent,
+//!     operators: &operators, spent: &spent, migration: None,
 //! })?;
-//! let line = spent.spend(&grant, now)?; // to be durable before the guest is let in
-//! assert!(line.is_some() && spent.spend(&grant, now).is_err());
+//! let line = spent.spend(&grant, None, now)?; // to be durable before the guest is let in
+//! assert!(line.is_some() && spent.spend(&grant, None, now).is_err());
 //! # Ok(())
 //! # }
 //! ```
@@ -39,7 +39,7 @@ mod bytes;
 mod spent;
 mod verify;
 
-pub use bytes::{BYTES_MAX, PREFIX, TEXT_BYTES_MAX, VERSION};
+pub use bytes::{BYTES_MAX, PREFIX, TEXT_BYTES_MAX, TicketBytes, VERSION};
 pub use spent::{SpentError, SpentNonces};
 pub use verify::{Context, Grant, Operator, STRANGERS_CODE, STRANGERS_WORDS, TicketRefusal, verify};
 

@@ -3,9 +3,13 @@
 //!
 //! Forgetting goes by the clock, and clocks go back. So the latest end of what was forgotten is kept, and a ticket that ends
 //! no later is refused: it might be one of those.
+//!
+//! A migration may take several attempts (another link, when one cannot be opened). So a used ticket is *open* to the migration
+//! that used it until the caller closes it, at the latest when the guest could be committed. What is open is in memory only:
+//! after a restart nothing is.
 
 use super::verify::{Grant, TicketRefusal};
-use crate::identity::Nonce;
+use crate::identity::{MigrationId, Nonce};
 use crate::lines::{self, Damage, line_of};
 use std::collections::BTreeMap;
 
@@ -17,6 +21,8 @@ const FORMAT: &str = "limosa-spent-tickets 1";
 pub struct SpentNonces {
     /// Until when each has to be known.
     until: BTreeMap<Nonce, u64>,
+    /// Those of them that one migration may still present.
+    open: BTreeMap<Nonce, MigrationId>,
     /// The latest of what was forgotten.
     forgotten_until: u64,
     most: usize,
@@ -44,7 +50,7 @@ impl SpentNonces {
     /// None yet; at most `most` are remembered, and while that many are, no other ticket for one guest is accepted.
     #[must_use]
     pub fn new(most: usize) -> SpentNonces {
-        SpentNonces { until: BTreeMap::new(), forgotten_until: 0, most }
+        SpentNonces { until: BTreeMap::new(), open: BTreeMap::new(), forgotten_until: 0, most }
     }
 
     /// How many are remembered.
@@ -53,12 +59,17 @@ impl SpentNonces {
         self.until.len()
     }
 
-    /// Whether the ticket of `grant` may still be used.
+    /// Whether `migration` used it, and it is still open to it.
+    fn is_open_to(&self, nonce: Nonce, migration: Option<MigrationId>) -> bool {
+        migration.is_some() && self.open.get(&nonce).copied() == migration
+    }
+
+    /// Whether the ticket of `grant` may still be used, by `migration` if it is for one.
     ///
     /// # Errors
     /// It was used, or nobody knows any more.
-    pub fn is_new(&self, grant: &Grant) -> Result<(), TicketRefusal> {
-        if !grant.single_use {
+    pub fn is_new(&self, grant: &Grant, migration: Option<MigrationId>) -> Result<(), TicketRefusal> {
+        if !grant.single_use || self.is_open_to(grant.nonce, migration) {
             return Ok(());
         }
         if self.until.contains_key(&grant.nonce) {
@@ -70,14 +81,15 @@ impl SpentNonces {
         Ok(())
     }
 
-    /// Uses the ticket of `grant` up. Gives the line that has to be appended and synced before anything is done with the
-    /// grant; if that fails the ticket stays used. None for a standing delegation, which is not used up.
+    /// Uses the ticket of `grant` up; it stays open to `migration`. Gives the line that has to be appended and synced before
+    /// anything is done with the grant; if that fails the ticket stays used. None for a standing delegation, which is not used
+    /// up, and for a further attempt at the same migration.
     ///
     /// # Errors
     /// It was used, between the verifying and now too; or there is no room.
-    pub fn spend(&mut self, grant: &Grant, now: u64) -> Result<Option<Vec<u8>>, TicketRefusal> {
-        self.is_new(grant)?;
-        if !grant.single_use {
+    pub fn spend(&mut self, grant: &Grant, migration: Option<MigrationId>, now: u64) -> Result<Option<Vec<u8>>, TicketRefusal> {
+        self.is_new(grant, migration)?;
+        if !grant.single_use || self.is_open_to(grant.nonce, migration) {
             return Ok(None);
         }
         if self.until.len() >= self.most {
@@ -88,7 +100,15 @@ impl SpentNonces {
         }
         let until = grant.remembered_until();
         self.until.insert(grant.nonce, until);
+        if let Some(migration) = migration {
+            self.open.insert(grant.nonce, migration);
+        }
         Ok(Some(line(grant.nonce, until)))
+    }
+
+    /// No attempt may present it any more, not even at the migration that used it.
+    pub fn close(&mut self, nonce: Nonce) {
+        self.open.remove(&nonce);
     }
 
     /// Forgets what nobody can use any more; says how many. The file may then be written anew from [`SpentNonces::emit`].
@@ -100,6 +120,7 @@ impl SpentNonces {
             *latest = if keep { *latest } else { (*latest).max(*until) };
             keep
         });
+        self.open.retain(|nonce, _| self.until.contains_key(nonce));
         before - self.until.len()
     }
 

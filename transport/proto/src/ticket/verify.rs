@@ -2,7 +2,7 @@
 //! It takes no note of anything: that a ticket was used is `spent`'s.
 
 use super::{Action, Claims, Guests, Link, Links, SKEW_MAX_S, SpentNonces, Ticket};
-use crate::identity::{HostId, Nonce, OperatorId, VmId};
+use crate::identity::{HostId, MigrationId, Nonce, OperatorId, VmId};
 
 /// What a peer is told that nobody knows, whatever the reason is.
 pub const STRANGERS_WORDS: &str = "the ticket is not accepted";
@@ -43,6 +43,8 @@ pub struct Context<'t> {
     pub operators: &'t [Operator],
     /// Which tickets were used.
     pub spent: &'t SpentNonces,
+    /// The migration that it is presented for, where there is one: another attempt at the one that used it is no second use.
+    pub migration: Option<MigrationId>,
 }
 
 /// What a ticket that was found good allows. A ticket for one guest is not used up yet: [`SpentNonces::spend`].
@@ -189,7 +191,7 @@ pub enum TicketRefusal {
         skew_s: u64,
     },
     /// It was used.
-    #[error("the ticket ({nonce}) was used already, and it is good for one attempt: make another")]
+    #[error("the ticket ({nonce}) was used already, and it is good for one migration: make another")]
     Used {
         /// Which.
         nonce: Nonce,
@@ -266,7 +268,7 @@ pub fn verify(ticket: &Ticket, context: &Context<'_>) -> Result<Grant, TicketRef
         not_after: claims.not_after,
         single_use: claims.single_use(),
     };
-    context.spent.is_new(&grant)?;
+    context.spent.is_new(&grant, context.migration)?;
     Ok(grant)
 }
 

@@ -91,6 +91,10 @@ codes! {
     Cpu = 24, "cpu";
     /// A disk of the guest is missing at the destination, is another one, or is not allowed there.
     Disk = 27, "disk";
+    /// The ticket is missing, or is not good for this; the reason's id says why.
+    Ticket = 28, "ticket";
+    /// The peer's key is an operator's, and an operator sends no guest.
+    NotAHost = 29, "not-a-host";
 }
 
 impl fmt::Display for Code {

@@ -111,7 +111,7 @@ pub(crate) fn text<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Resu
 
 /// Decodes at most `MAX` bytes. On the wire they are a list of bytes; taking them as one piece is what makes a
 /// record of a mebibyte cheap inside the downtime.
-pub(super) fn bytes<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Result<Vec<u8>, D::Error> {
+pub(crate) fn bytes<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Result<Vec<u8>, D::Error> {
     struct Bytes<const MAX: usize>;
     impl<'de, const MAX: usize> Visitor<'de> for Bytes<MAX> {
         type Value = Vec<u8>;
@@ -126,7 +126,7 @@ pub(super) fn bytes<'de, D: Deserializer<'de>, const MAX: usize>(from: D) -> Res
 }
 
 /// Encodes bytes as one piece; see [`bytes`].
-pub(super) fn emit_bytes<S: serde::Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn emit_bytes<S: serde::Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
     to.serialize_bytes(bytes)
 }
 

@@ -15,6 +15,7 @@ use crate::error::{Malformed, Misuse};
 use crate::identity::{Generation, MigrationId, VmId};
 use crate::memory::{MemoryMap, REGIONS_MAX, Region};
 use crate::record::{RECORD_BYTES_MAX, Record};
+use crate::ticket::TicketBytes;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::net::IpAddr;
@@ -355,6 +356,8 @@ pub enum Message {
     ReleasedAsk,
     /// Source: this.
     Released(ReleasedAnswer),
+    /// Source, first on a new connection, before Hello or CheckAsk: an operator's word that it may.
+    Ticket(TicketBytes),
 }
 
 /// Bodies that are no type of their own.
@@ -464,6 +467,7 @@ impl Message {
             Message::Checked(_) => 26,
             Message::ReleasedAsk => 27,
             Message::Released(_) => 28,
+            Message::Ticket(_) => 29,
         }
     }
 
@@ -476,7 +480,7 @@ impl Message {
     /// The name of a kind.
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
-        const NAMES: [&str; 29] = [
+        const NAMES: [&str; 30] = [
             "unknown",
             "Hello",
             "Accept",
@@ -506,6 +510,7 @@ impl Message {
             "Checked",
             "ReleasedAsk",
             "Released",
+            "Ticket",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
     }
@@ -555,6 +560,7 @@ impl Message {
             26 => Message::Checked(decode::<body::Checked>(what, body)?.0),
             27 => decode(what, body).map(|()| Message::ReleasedAsk)?,
             28 => Message::Released(decode(what, body)?),
+            29 => Message::Ticket(decode(what, body)?),
             other => return Err(Malformed::Value { what: "the kind of a control message", found: other.into() }),
         })
     }
@@ -592,6 +598,7 @@ impl Message {
             Message::CheckAsk(vm) => encode(what, vm)?,
             Message::Checked(reasons) => encode(what, &body::Checked(reasons.clone()))?,
             Message::Released(answer) => encode(what, answer)?,
+            Message::Ticket(bytes) => encode(what, bytes)?,
         };
         if body.len() > MESSAGE_BYTES_MAX {
             return Err(Misuse::Message { what, words: format!("{} bytes, at most {MESSAGE_BYTES_MAX} fit", body.len()) });

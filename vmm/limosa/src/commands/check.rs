@@ -1,13 +1,16 @@
 //! `limosa check`: asks the agent whether a guest could move, and shows every reason why not or what it would take.
 
-use super::{Context, Ended, strange};
+use super::{Context, Ended, order, strange};
 use crate::args::CheckArgs;
 use crate::output;
 use limosa_agent::api::{Answer, CheckReport, Estimate, MigrateRequest, Request, exit};
+use limosa_proto::ticket::Action;
 
 pub(crate) fn run(context: &Context, args: CheckArgs) -> Ended {
     let link = args.link.map(|link| link.name().to_owned());
-    let request = MigrateRequest { vm: args.vm, to: args.to, link, ..MigrateRequest::default() };
+    let ticket = order::ticket(context, (&args.vm, &args.to), Action::Check, link.as_deref(), args.ticket.as_deref())?;
+    let ticket = ticket.map(|ticket| ticket.text());
+    let request = MigrateRequest { vm: args.vm, to: args.to, link, ticket, ..MigrateRequest::default() };
     let report = match context.ask(&Request::Check(request))? {
         Answer::Check(report) => report,
         other => return Err(strange(&other)),

@@ -25,14 +25,17 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         Answer::HostCpu(report) if context.json => output::json(&report),
         Answer::HostCpu(report) => show_cpu(&report),
         Answer::Hosts(hosts) if context.json => output::json(&hosts),
-        Answer::Hosts(hosts) => {
-            let mut rows = vec![["NAME", "ADDRESS", "ID"].map(String::from).to_vec()];
-            rows.extend(hosts.into_iter().map(|host| vec![host.name, host.address, host.id]));
-            output::table(&rows);
-        }
+        Answer::Hosts(hosts) => table(hosts),
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)
+}
+
+/// Hosts, one a line.
+pub(crate) fn table(hosts: Vec<HostInfo>) {
+    let mut rows = vec![["NAME", "ADDRESS", "ID"].map(String::from).to_vec()];
+    rows.extend(hosts.into_iter().map(|host| vec![host.name, host.address, host.id]));
+    output::table(&rows);
 }
 
 fn show(report: &HostReport) {

@@ -1,17 +1,27 @@
 //! `limosa migrate`: asks the agent to move a guest and shows how it goes.
 
-use super::{Context, Ended, strange};
+use super::{Context, Ended, order, strange};
 use crate::args::MigrateArgs;
 use crate::{output, plan};
 use limosa_agent::api::{Answer, JobInfo, JobState, Request};
+use limosa_proto::ticket::Action;
 
 pub(crate) fn run(context: &Context, args: &MigrateArgs) -> Ended {
-    let request = plan::migrate_request(args)?;
+    let mut request = plan::migrate_request(args)?;
+    if !request.plan_only {
+        let (order, link) = ((request.vm.as_str(), request.to.as_str()), request.link.as_deref());
+        let ticket = order::ticket(context, order, Action::Migrate, link, args.ticket.as_deref())?;
+        if let Some(ticket) = ticket.as_ref().filter(|_| args.print_ticket) {
+            output::note(format!("ticket: {}", ticket.text()));
+        }
+        request.ticket = ticket.map(|ticket| ticket.text());
+    }
     let mut progress = output::Progress::new(context.json);
     let (mut told, mut words) = (false, String::new());
     let answer = context.ask_with(&Request::Migrate(request), |job| {
         if !told && !context.json {
-            output::note(format!("job {0}: if this command ends, the migration goes on; `limosa cancel {0}` stops it", job.id));
+            let limosa = context.itself();
+            output::note(format!("job {0}: if this command ends, the migration goes on; `{limosa} cancel {0}` stops it", job.id));
             told = true;
         }
         // Which link is tried now, and what became of the one before.

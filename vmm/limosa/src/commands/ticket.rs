@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const INPUT_BYTES_MAX: u64 = 4096;
 
 pub(crate) fn run(context: &Context, command: TicketCommand) -> Ended {
+    context.here_only("ticket")?;
     match command {
         TicketCommand::Make(args) => make(context, args),
         TicketCommand::Show { ticket } => show(context, &ticket),
@@ -42,7 +43,7 @@ fn make(context: &Context, args: TicketMakeArgs) -> Ended {
         not_before,
         not_after: args.until.map_or(not_before.saturating_add(life), seconds),
     };
-    let key = OperatorKey::open(&path_of(&args.key)?).map_err(|e| ApiError::usage("operator-key", e.to_string()))?;
+    let key = OperatorKey::open(&path_of(context)?).map_err(|e| ApiError::usage("operator-key", e.to_string()))?;
     let ticket = key.ticket(order).map_err(|error| match error {
         OperatorError::Refused(refusal) => ApiError::usage(refusal.code(), refusal.to_string()),
         other => ApiError::refused("operator-key", other.to_string()),
@@ -79,7 +80,7 @@ fn verify(context: &Context, args: &TicketVerifyArgs) -> Ended {
     let claims = ticket.claims();
     let trusted = |id: OperatorId| Operator { id, name: id.to_string(), actions: Action::ALL.to_vec() };
     let operators: Vec<Operator> = match args.operator.as_slice() {
-        [] => vec![trusted(own_id(args)?)],
+        [] => vec![trusted(own_id(context)?)],
         named => named.iter().copied().map(trusted).collect(),
     };
     // What is not given is taken from the ticket itself, and said below.
@@ -98,6 +99,7 @@ fn verify(context: &Context, args: &TicketVerifyArgs) -> Ended {
         link: args.link,
         operators: &operators,
         spent: &SpentNonces::new(0),
+        migration: None,
     };
     let grant = ticket::verify(&ticket, &asked).map_err(refused)?;
     let not_compared = not_compared(args, claims);
@@ -127,8 +129,8 @@ fn not_compared(args: &TicketVerifyArgs, claims: &Claims) -> Vec<&'static str> {
 }
 
 /// The operator who asks; no key is made for that.
-fn own_id(args: &TicketVerifyArgs) -> Result<OperatorId, ApiError> {
-    let path = path_of(&args.key)?;
+fn own_id(context: &Context) -> Result<OperatorId, ApiError> {
+    let path = path_of(context)?;
     if !path.exists() {
         let words = format!("{} is not there, so you trust nobody: name an operator by --operator ID", path.display());
         return Err(ApiError::usage("operator-key", words));
@@ -150,12 +152,12 @@ fn refused(refusal: TicketRefusal) -> ApiError {
     ApiError::refused(refusal.code(), refusal.to_string())
 }
 
-fn seconds(time: SystemTime) -> u64 {
+pub(crate) fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// A date in UTC; the number of seconds where it is beyond any calendar.
-fn date(seconds: u64) -> String {
+pub(crate) fn date(seconds: u64) -> String {
     // The last second of the year 9999: `humantime` formats no later one.
     const LAST: u64 = 253_402_300_799;
     let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).filter(|_| seconds <= LAST);

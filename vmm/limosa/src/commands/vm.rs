@@ -6,6 +6,14 @@ use crate::output;
 use limosa_agent::api::{Answer, Direction, JobInfo, JobState, Request, VmInfo, exit};
 
 pub(crate) fn run(context: &Context, command: VmCommand) -> Ended {
+    let local = match &command {
+        VmCommand::Start { .. } => Some("vm start"),
+        VmCommand::Console { .. } => Some("vm console"),
+        VmCommand::Save { .. } => Some("vm save"),
+        VmCommand::Restore { .. } => Some("vm restore"),
+        _ => None,
+    };
+    local.map_or(Ok(()), |what| context.here_only(what))?;
     let request = match command {
         VmCommand::Start { config } => Request::VmStart { config: absolute(&config)? },
         VmCommand::List => Request::VmList,

@@ -2,7 +2,8 @@
 //! Everything has the demo's process id in its name, is known here before it exists, and is gone after
 //! [`Lab::clean`], which may run at any time and more than once. What is tried in the lab is not its business.
 
-use limosa_agent::api::{Exchange, HostInfo, Request};
+use limosa_agent::api::{ApiError, Exchange, HostInfo, Request};
+use limosa_agent::operator::OperatorKey;
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
@@ -97,6 +98,12 @@ impl Lab {
         self.directory.join(host.name()).join("state")
     }
 
+    /// The key of the demo's operator, which signs the ticket for the move.
+    pub(crate) fn operator(&self) -> Result<OperatorKey, ApiError> {
+        let key = OperatorKey::open(&self.directory.join("operator.key"));
+        key.map_err(|e| ApiError::refused("operator-key", e.to_string()))
+    }
+
     fn log(&self, host: Host) -> PathBuf {
         self.directory.join(format!("{}.log", host.name()))
     }
@@ -158,7 +165,9 @@ impl Lab {
         let file = directory.join("agent.toml");
         let text = format!(
             "[agent]\nname = \"{name}\"\nlisten = [\"{address}:{PORT}\"]\nstate_dir = \"{own}/state\"\nrun_dir = \"{own}\"\n\
-             [allow]\npeers = [\"10.13.56.0/24\"]\n[[network]]\nname = \"lan\"\nbridge = \"br0\"\n[migration]\n{extra}",
+             [allow]\npeers = [\"10.13.56.0/24\"]\n[[network]]\nname = \"lan\"\nbridge = \"br0\"\n\
+             [[operator]]\nname = \"demo\"\nkey = \"{operator}\"\nvms = [\"*\"]\nactions = [\"migrate\"]\n[migration]\n{extra}",
+            operator = self.operator().map_err(io::Error::other)?.id(),
             name = host.name(),
             address = host.address(),
             own = directory.display(),

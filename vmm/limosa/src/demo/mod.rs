@@ -6,11 +6,12 @@ mod lab;
 mod pinger;
 
 use crate::args::{DemoArgs, LinkKind};
-use crate::commands::{Context, Ended, migrate, strange};
+use crate::commands::{Context, Ended, migrate, order, strange};
 use crate::output;
 use guest::{Guest, Heartbeat};
 use lab::{Host, Lab};
 use limosa_agent::api::{Answer, ApiError, Exchange, JobInfo, JobState, MigrateRequest, Request, Response, exit};
+use limosa_proto::ticket::{Action, Links};
 use nix::sys::signal::{SigSet, Signal};
 use pinger::{Pinger, Pings};
 use std::io;
@@ -139,7 +140,13 @@ fn wait_for_pings(pinger: &Pinger, guest: &Guest, memory: u64) -> Result<(), Api
 }
 
 fn move_guest(lab: &Lab, args: &DemoArgs, plaintext: bool, quiet: bool) -> Result<JobInfo, ApiError> {
+    let order = Request::Parties { vm: guest::NAME.into(), to: Host::Beta.name().into() };
+    let ticket = match ask(lab, Host::Alpha, &order)? {
+        Answer::Parties(parties) => order::signed(&lab.operator()?, &parties, Action::Migrate, Links::ALL)?.text(),
+        other => return Err(strange(&other)),
+    };
     let request = MigrateRequest {
+        ticket: Some(ticket),
         vm: guest::NAME.into(),
         to: Host::Beta.name().into(),
         link: Some(args.link.name().into()),
