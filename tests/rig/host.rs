@@ -48,6 +48,8 @@ pub struct AgentConfig {
     pub bind: Option<(PathBuf, PathBuf)>,
     /// Keys of `[cpu]`.
     pub cpu: BTreeMap<String, String>,
+    /// Keys of `[metrics]`.
+    pub metrics: BTreeMap<String, String>,
     /// The program, where it is not the binary under test; then it looks for fail points too.
     pub binary: Option<PathBuf>,
 }
@@ -65,6 +67,7 @@ impl Default for AgentConfig {
             storage: BTreeMap::new(),
             bind: None,
             cpu: BTreeMap::new(),
+            metrics: BTreeMap::new(),
             binary: None,
         }
     }
@@ -103,6 +106,12 @@ impl AgentConfig {
     /// Has the agent and its VMMs see the folder `which` at the place of the folder `at`.
     pub fn sees(mut self, which: &Path, at: &Path) -> AgentConfig {
         self.bind = Some((which.to_owned(), at.to_owned()));
+        self
+    }
+
+    /// Serves metrics at this address.
+    pub fn metrics(mut self, listen: &str) -> AgentConfig {
+        self.metrics.insert("listen".to_owned(), format!("{listen:?}"));
         self
     }
 
@@ -150,6 +159,7 @@ impl AgentConfig {
             ("rdma", &self.rdma),
             ("storage", &self.storage),
             ("cpu", &self.cpu),
+            ("metrics", &self.metrics),
         ];
         for (name, section) in sections {
             writeln!(text, "\n[{name}]")?;

@@ -194,6 +194,9 @@ pub trait Hosting: Send + Sync + 'static {
     /// A refusal that is sent as it is.
     fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal>;
 
+    /// A guest was not let in: what [`Hosting::incoming`] refused, or what there was no room for. Must not block.
+    fn refused(&self, _peer: &Peer, _header: &ControlHeader, _hello: &Hello, _refusal: &Refusal) {}
+
     /// Which links this host offers to `peer`, and why not the others. Must not block.
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         Vec::new()

@@ -135,6 +135,8 @@ pub struct Config {
     pub storage: Storage,
     /// The CPU that guests may have.
     pub cpu: Cpu,
+    /// Where metrics are served; none: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -190,6 +192,7 @@ impl Default for Config {
             rdma: Rdma::default(),
             storage: Storage::default(),
             cpu: Cpu::default(),
+            metrics: None,
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -242,6 +245,9 @@ impl Config {
             }
             if let Some(section) = root.section("cpu") {
                 config.cpu.read(section);
+            }
+            if let Some(section) = root.section("metrics") {
+                config.metrics = crate::metrics::read(section, &mut config.warnings);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();

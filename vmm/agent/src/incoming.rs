@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use crate::audit;
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
 use crate::disks;
@@ -65,6 +66,8 @@ impl Hosting for Reception {
         config.peer_silence_max = set.silence_max;
         config.deadlines.ready = set.ready_max;
         let (job, cancel) = agent.jobs.begin(|id| job(id, agent.hosts.shown(peer.id), header, &hello.vm));
+        agent.metrics.incoming(job, &hello.link);
+        agent.audit.incoming(Some(job), record(peer, header, hello));
         tracing::info!(job, vm = hello.vm.name, from = agent.hosts.shown(peer.id), migration = %header.migration, "a guest wants to come");
         let (progress, seen) = watch::channel(IncomingProgress {
             state: limosa_proto::state::DestinationState::Listening,
@@ -97,6 +100,13 @@ impl Hosting for Reception {
         })
     }
 
+    fn refused(&self, peer: &Peer, header: &ControlHeader, hello: &Hello, refusal: &Refusal) {
+        let agent = &self.0;
+        agent.metrics.refused(refusal.code.id());
+        let id = agent.audit.incoming(None, record(peer, header, hello));
+        agent.audit.refused(&id, refusal.code.id(), &refusal.words());
+    }
+
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         links::offers(&self.0)
     }
@@ -111,6 +121,20 @@ impl Hosting for Reception {
 
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
         settle::verdict(&self.0, peer.id, migration, generation, released)
+    }
+}
+
+/// Who wants to send what, for the record.
+fn record(peer: &Peer, header: &ControlHeader, hello: &Hello) -> audit::Line {
+    audit::Line {
+        host: Some(peer.id.to_string()),
+        from: peer.address.map(|address| address.to_string()),
+        link: Some(hello.link.clone()),
+        vm: Some(hello.vm.name.clone()),
+        vm_id: Some(hello.vm.id.to_string()),
+        migration: Some(header.migration.to_string()),
+        generation: Some(header.generation.0),
+        ..audit::Line::default()
     }
 }
 
@@ -151,7 +175,10 @@ async fn show(
     }
     let ending = match ended {
         Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
-        Ok(DestinationOutcome::Refused(refusal)) => end(JobState::Refused, refusal.words(), Some(refusal.code)),
+        Ok(DestinationOutcome::Refused(refusal)) => {
+            agent.metrics.refused(refusal.code.id());
+            end(JobState::Refused, refusal.words(), Some(refusal.code))
+        }
         Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
         Ok(DestinationOutcome::Stuck { words }) => {
             end(JobState::InDoubt, format!("the guest is this host's, and its VMM could not be brought to run it: {words}"), None)

@@ -3,6 +3,7 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, REQUEST_BYTES_MAX, Request, Response};
+use crate::audit::Who;
 use crate::{actions, verdict};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -81,6 +82,7 @@ async fn answer(agent: Arc<Agent>, stream: UnixStream) {
     let allowed = user.as_ref().is_ok_and(|uid| *uid == 0 || *uid == nix::unistd::geteuid().as_raw());
     let (read, mut write) = stream.into_split();
     if !allowed {
+        agent.metrics.refused("user");
         let words = format!("user {user:?} may not command this agent");
         return last(&mut write, Response::Error(ApiError::refused("not-allowed", words))).await;
     }
@@ -93,7 +95,7 @@ async fn answer(agent: Arc<Agent>, stream: UnixStream) {
     let (sender, receiver) = mpsc::channel(LINES_MAX);
     let work = async {
         let replies = Replies(sender);
-        let response = match actions::act(&agent, request, &replies, &verdict::who(user.ok())).await {
+        let response = match actions::act(&agent, request, &replies, &Who::local(&verdict::who(user.ok()))).await {
             Ok(answer) => Response::Result(answer),
             Err(error) => Response::Error(error),
         };
