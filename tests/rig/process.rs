@@ -71,6 +71,14 @@ pub fn memfds(pid: u32) -> usize {
     open + maps.lines().filter(|line| line.contains("/memfd:")).count()
 }
 
+/// Kibibytes of memory that a process has: its own ("RssAnon"), or all that is mapped and there ("VmRSS").
+pub fn memory_kib(pid: u32, field: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.split_whitespace().next()).with_context(|| format!("{field} of {pid}"))?;
+    Ok(number.parse()?)
+}
+
 /// Ends a process at once, as `kill -9` does.
 pub fn kill(pid: u32) {
     signal(pid, Signal::SIGKILL);

@@ -206,6 +206,9 @@ pub trait Hosting: Send + Sync + 'static {
     /// Somebody would like to command this host. Must not block. Without an answer of its own a host obeys nobody.
     fn commands(&self, _caller: Caller, _channel: CommandChannel) {}
 
+    /// A guest was not let in: what [`Hosting::incoming`] refused, or what there was no room for. Must not block.
+    fn refused(&self, _peer: &Peer, _header: &ControlHeader, _hello: &Hello, _refusal: &Refusal) {}
+
     /// Which links this host offers to `peer`, and why not the others. Must not block.
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         Vec::new()

@@ -28,6 +28,7 @@ pub mod quic;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod receiving;
+mod room;
 pub mod secure;
 mod sending;
 pub mod sessions;

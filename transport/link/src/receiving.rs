@@ -2,7 +2,9 @@
 //! Everything in a header is checked against the map and the round before it sizes or touches anything.
 
 use crate::direct::{Exposed, ExposedError, Opener};
-use crate::lanes::{CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words};
+use crate::lanes::{
+    CountedOpen, CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words,
+};
 use crate::pages::{Arrived, Pages, Populate, populate_all};
 use crate::sending::Tag;
 use limosa_proto::memory::PageRange;
@@ -117,6 +119,7 @@ impl ReceiveLanes {
         self.closers.push(lane.closer()?);
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name(format!("lane-in-{number}")).spawn(move || {
+            let _open = CountedOpen::new();
             let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0, begun: false };
             if let Err(error) = lane.work()
                 && !shared.stop.load(Ordering::Relaxed)
