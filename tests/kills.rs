@@ -86,7 +86,9 @@ fn way_to(point: Point) -> Way {
         DestinationRecoveryWaits | DestinationRecoveryAsked | DestinationRecoveryTookUp | DestinationRecoveryWritten => {
             Way::Restarted(DestinationHearsCommit)
         }
-        DestinationRecoveryGivesUp | DestinationRecoveryGivenUp => Way::Restarted(DestinationReadyWritten),
+        DestinationRecoveryAsks | DestinationRecoveryHears | DestinationRecoveryGivesUp | DestinationRecoveryGivenUp => {
+            Way::Restarted(DestinationReadyWritten)
+        }
         _ => Way::Plain,
     }
 }

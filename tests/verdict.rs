@@ -1,10 +1,11 @@
 //! `limosa verdict`: the facts of both sides and, as a last resort, a person's decision about a guest in doubt, with every refusal;
-//! and verdicts asked by those who have no right to one. What hosts decide by themselves is in `kills`.
-#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, missing_docs, unreachable_pub)]
+//! verdicts asked by those who have no right to one; and what either side settles by asking the other. What hosts decide by
+//! themselves when they are killed is in `kills`.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs, unreachable_pub)]
 
-use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_verdict};
-use limosa_proto::identity::{Generation, MigrationId};
-use limosa_proto::wire::message::VerdictAnswer;
+use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_released, ask_verdict};
+use limosa_proto::identity::{Generation, HostId, MigrationId};
+use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
 use rig::command::Running;
 use rig::process::wait_for;
 use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, ensure, points, with_lab};
@@ -66,7 +67,7 @@ fn a_person_decides_when_the_destination_is_gone_for_ever() {
     lab(|lab, guest| {
         let mut running = destination_is_lost(lab)?;
         // Its VMM is dead too, so it surely does not run there; but who knows that here?
-        lab.b.vmms(None).into_iter().for_each(rig::process::kill);
+        vmms_die(&lab.b)?;
         let job = in_doubt(&lab.a)?;
         let facts = verdict(&lab.a, &job, &[], 4)?;
         ensure!(facts["state"] == "in_doubt" && has_record(&facts, "Released", ""), "{facts}");
@@ -86,12 +87,75 @@ fn a_person_decides_when_the_destination_is_gone_for_ever() {
         ensure!(again.to_string().contains("not-in-doubt"), "{again}");
         // The other host comes back and does not contradict it.
         lab.b.restart_agent()?;
-        let other = in_doubt(&lab.b)?;
-        verdict(&lab.b, &other, &[], 4)?;
-        wait_for(SOON, "the destination to give it up", || {
-            Ok(lab.b.jobs()?.iter().all(|job| job["state"] != "in_doubt").then_some(()))
-        })
-        .or_else(|_| verdict(&lab.b, &other, &["--decide", "gone", "--reason", "it runs at a", LOOKED], 3).map(drop))?;
+        given_up_by_itself(&lab.b)?;
+        lab.unharmed(guest)
+    });
+}
+
+/// The VMMs of a host are killed, and gone when this returns.
+fn vmms_die(host: &Host) -> Result<()> {
+    let vmms = host.vmms(None);
+    vmms.iter().for_each(|pid| rig::process::kill(*pid));
+    wait_for(SOON, "the VMMs' end", || Ok(vmms.iter().all(|pid| rig::process::is_over(*pid)).then_some(())))
+}
+
+/// A destination that was in doubt has asked its source and given the guest up, without a person.
+fn given_up_by_itself(host: &Host) -> Result<()> {
+    let job = wait_for(SOON, "the destination to give it up", || {
+        let job = host.jobs()?.pop().filter(|job| job["direction"] == "incoming" && job["state"] == "aborted");
+        Ok(job.map(|job| job["id"].to_string()))
+    })?;
+    let facts = verdict(host, &job, &[], 3)?;
+    ensure!(has_record(&facts, "Ready", "") && has_record(&facts, "Discarded", "never released"), "{facts}");
+    Ok(())
+}
+
+#[test]
+fn a_destination_that_lost_its_power_asks_the_source_and_gives_up_what_was_never_released() {
+    lab(|lab, guest| {
+        // Ready is durable and was never said; then everything at the destination is gone.
+        lab.b.arm("destination-ready-written", "kill")?;
+        let mut running = lab.a.start(&["--json", "migrate", "web", "--to", "b"])?;
+        lab.b.wait_agent_ended()?;
+        lab.b.disarm()?;
+        vmms_die(&lab.b)?;
+        // As long as the source's agent is away nobody can say, and a person sees that.
+        running.wait(SOON)?.expect_code(3)?;
+        lab.a.kill_agent()?;
+        lab.b.restart_agent()?;
+        let job = in_doubt(&lab.b)?;
+        let facts = verdict(&lab.b, &job, &[], 4)?;
+        ensure!(facts["other"].as_str().is_some_and(|words| words.contains("the source cannot be asked")), "{facts}");
+        refused(&lab.b, &job, &["--decide", "gone", "--reason", "a runs it"], "not-known")?;
+        lab.a.restart_agent()?;
+        given_up_by_itself(&lab.b)?;
+        let log = lab.a.agent_log();
+        ensure!(log.contains("a destination asked whether its guest was released"), "{log}");
+        lab.unharmed(guest)
+    });
+}
+
+#[test]
+fn a_destination_does_not_give_up_what_the_source_says_it_released() {
+    lab(|lab, guest| {
+        // Commit was said and heard, and then the destination is gone, all of it: the guest may have run there.
+        let mut running = destination_is_lost(lab)?;
+        vmms_die(&lab.b)?;
+        lab.b.restart_agent()?;
+        let job = in_doubt(&lab.b)?;
+        let says =
+            |facts: &Value| facts["other"].as_str().is_some_and(|words| words.contains("it released the guest to this host"));
+        wait_for(SOON, "the source's word", || Ok(says(&verdict(&lab.b, &job, &[], 4)?).then_some(())))?;
+        refused(&lab.b, &job, &["--decide", "gone", "--reason", "no idea"], "not-known")?;
+        let other = in_doubt(&lab.a)?;
+        // Who was killed is a process of its own until somebody has asked how it ended.
+        let may = |facts: &Value| facts["other"].as_str().is_some_and(|words| words.contains("may have run"));
+        wait_for(SOON, "the destination's word", || Ok(may(&verdict(&lab.a, &other, &[], 4)?).then_some(())))?;
+        // One person's word at one side is enough for both.
+        verdict(&lab.a, &other, &["--decide", "here", "--reason", "b lost its power", LOOKED], 3)?;
+        running.wait(SOON)?;
+        given_up_by_itself(&lab.b)?;
+        lab.a.guest_lives("web")?;
         lab.unharmed(guest)
     });
 }
@@ -119,6 +183,39 @@ fn a_person_decides_after_a_restart_and_what_the_destination_says_counts() {
         let decided = verdict(&lab.b, &job, &["--decide", "here", "--reason", "a is told", LOOKED], 0)?;
         ensure!(has_record(&decided, "Running", "a is told"), "{decided}");
         lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        lab.b.migrate_well("web", &lab.a, &[])?;
+        lab.guest_is_on(guest, &lab.a, &lab.b)
+    });
+}
+
+/// What an operator sees on a host, as printed.
+fn seen(host: &Host, when: &str) -> Result<String> {
+    let output = host.limosa(&["jobs"])?;
+    let text = format!("{}{}", output.stdout, output.stderr);
+    eprintln!("limosa jobs on {}, {when} (exit code {}):\n{text}", host.name, output.code);
+    Ok(text)
+}
+
+#[test]
+fn a_kill_at_the_commit_is_seen_on_both_sides_and_ends_with_the_restart() {
+    lab(|lab, guest| {
+        let mut running = destination_is_lost(lab)?;
+        in_doubt(&lab.a)?;
+        ensure!(seen(&lab.a, "the destination's agent being dead")?.contains("in doubt:"));
+        ensure!(seen(&lab.b, "its agent being dead")?.contains("is `limosa agent` running?"));
+        // The source's is killed too: what it was in doubt about must be known to the next one.
+        lab.a.kill_agent()?;
+        running.wait(SOON)?.expect_code(4)?;
+        lab.a.restart_agent()?;
+        in_doubt(&lab.a)?;
+        ensure!(seen(&lab.a, "restarted before the destination")?.contains("in doubt:"));
+        lab.b.restart_agent()?;
+        lab.guest_is_on(guest, &lab.b, &lab.a)?;
+        let settled = |host: &Host| Ok(host.jobs()?.iter().all(|job| job["state"] != "in_doubt").then_some(()));
+        for host in [&lab.a, &lab.b] {
+            wait_for(SOON, "no job in doubt", || settled(host))?;
+            ensure!(!seen(host, "both restarted")?.contains("in doubt:"));
+        }
         lab.b.migrate_well("web", &lab.a, &[])?;
         lab.guest_is_on(guest, &lab.a, &lab.b)
     });
@@ -172,6 +269,24 @@ fn a_verdict_is_for_those_who_took_part() {
         for (migration, generation) in others {
             ensure!(ask(&known, migration, generation)? == Ok(VerdictAnswer::Unknown));
         }
+        // The other question, to the source: refused in the same way. Only the destination of the attempt is told.
+        let (at_a, a): (String, HostId) = (lab.a.address().to_string(), lab.a.id()?.parse()?);
+        lab.a.trust_id("c", &known.id().to_string(), "10.77.0.9:13560")?;
+        let ask_source = |key: &HostKey, migration, generation| {
+            let link = TcpLink::new(at_a.clone(), a, key.clone(), TrustedHosts::new([a]), Duration::from_secs(3));
+            lab.watch.within(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                Ok(runtime.block_on(ask_released(&link, migration, generation)).map_err(|error| error.to_string()))
+            })
+        };
+        let refused = ask_source(&stranger, migration, generation)?;
+        ensure!(refused.is_err(), "{refused:?}");
+        for (migration, generation) in others {
+            ensure!(ask_source(&known, migration, generation)? == Ok(ReleasedAnswer::Unknown));
+        }
+        let log = lab.a.agent_log();
+        ensure!(log.matches("asked whether a guest was released by an attempt of which nothing is known").count() == 3, "{log}");
+        ensure!(log.contains("a connection was refused"), "the stranger is not in the log: {log}");
         let log = lab.b.agent_log();
         ensure!(log.matches("asked for a verdict on an attempt of which nothing is known").count() == 3, "{log}");
         ensure!(log.contains("a connection was refused"), "the stranger is not in the log: {log}");

@@ -59,6 +59,9 @@ impl Model for Commit {
                 world.facts.ran.is_none_or(|generation| world.source.has(Released, generation))
             }),
             Property::always("a word of another generation commits nothing", |_, world: &World| !world.facts.strange_word),
+            Property::always("what a source says it never released is never released", |_, world: &World| {
+                !world.facts.promise_broken
+            }),
             Property::always("nothing is announced before it runs", |_, world: &World| !world.facts.told_early),
             Property::always("no resume from old memory once it may have run", |_, world: &World| !world.facts.old_memory),
         ]
@@ -75,7 +78,8 @@ impl Commit {
         let good = |print| self.good.lock().unwrap_or_else(PoisonError::into_inner).contains(&print);
         let mut seen = Vec::new();
         let mut world = world.clone();
-        for turn in 0..CALM_STEPS_MAX {
+        let mut waited = 0;
+        for _ in 0..CALM_STEPS_MAX {
             let print = fingerprint(&world);
             let ends = world.is_settled() && world.owners() == 1 || world.is_lost();
             seen.push(print);
@@ -83,32 +87,35 @@ impl Commit {
                 self.good.lock().unwrap_or_else(PoisonError::into_inner).extend(seen);
                 return true;
             }
-            let Some(next) = self.calm(&world, turn) else { return false };
+            let Some(next) = self.calm(&world, &mut waited) else { return false };
             world = next;
         }
         false
     }
 
     /// One step without a fault. What waits for a timer waits until nothing else can happen, and each timer gets its turn.
-    fn calm(&self, world: &World, turn: usize) -> Option<World> {
+    /// `waited`: how often that was before.
+    fn calm(&self, world: &World, waited: &mut usize) -> Option<World> {
         let mut steps = Vec::new();
         steps::possible(world, &mut steps);
         steps.retain(|step| steps::is_calm(world, *step));
-        let slow = |step: &Step| matches!(step, Step::Timer(_) | Step::Ask | Step::GiveUp | Step::LinkLost(_));
+        let slow = |step: &Step| matches!(step, Step::Timer(_) | Step::Ask | Step::AskSource | Step::GiveUp | Step::LinkLost(_));
         let quick = steps.iter().copied().filter(|step| !slow(step)).find_map(|step| steps::take(self.rules, world, step));
         if quick.is_some() {
             return quick;
         }
         let slow: Vec<World> = steps.into_iter().filter_map(|step| steps::take(self.rules, world, step)).collect();
         let count = slow.len();
-        slow.into_iter().nth(turn.checked_rem(count)?)
+        *waited += 1;
+        slow.into_iter().nth(waited.checked_rem(count)?)
     }
 }
 
-const NONE: Left = Left { crashes: [0, 0], power: 0, duplicates: 0, losses: 0, cuts: 0, cancels: 0, failures: 0, attempts: 1 };
+const NONE: Left =
+    Left { crashes: [0, 0], power: 0, duplicates: 0, losses: 0, cuts: 0, cancels: 0, failures: 0, attempts: 1, far: false };
 
 /// Everything that can go wrong in a hand-over, in as many combinations as can be looked at in a minute.
-const WORLDS: [(&str, Left); 5] = [
+const WORLDS: [(&str, Left); 6] = [
     ("two crashes of each agent, a link that loses and doubles", Left { crashes: [2, 2], duplicates: 1, losses: 1, ..NONE }),
     (
         "a crash of each agent, a link that loses and is cut, a cancel",
@@ -116,6 +123,10 @@ const WORLDS: [(&str, Left); 5] = [
     ),
     ("a crash of each agent, hosts that fail", Left { crashes: [1, 1], cuts: 1, failures: 1, ..NONE }),
     ("a power cut and up to two crashes of each agent", Left { crashes: [2, 2], power: 1, ..NONE }),
+    (
+        "a power cut and a crash of each agent, questions of both sides on their way",
+        Left { crashes: [1, 1], power: 1, far: true, ..NONE },
+    ),
     ("a second attempt, while words of the first are on their way", Left { duplicates: 1, cuts: 1, attempts: 2, ..NONE }),
 ];
 
@@ -171,6 +182,8 @@ fn planted_faults_are_found() {
         (Planted::UndecidedIsDiscarded, crash, "what was released is not resumed at the source without discarded"),
         (Planted::ReadyIsEnough, crash, "nothing runs at the destination before released is durable"),
         (Planted::TellWhenReady, NONE, "nothing is announced before it runs"),
+        (Planted::NeverIsNoPromise, crash, "what a source says it never released is never released"),
+        (Planted::ReleasedIsNever, Left { power: 1, ..crash }, "no resume from old memory once it may have run"),
     ];
     for (fault, left, property) in faults {
         let found = explore(Some(fault), left, &[property]).discoveries();

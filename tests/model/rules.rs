@@ -10,11 +10,12 @@ use limosa_proto::error::Coded as _;
 use limosa_proto::event::HostTask;
 use limosa_proto::identity::Generation;
 use limosa_proto::recovery::{self, Answered, Asked, AtStart, Ended, Fate, GuestHere, OutOfPatience, Plugged};
+use limosa_proto::release;
 use limosa_proto::source::{RoundSent, Source, SourceAction, SourceEvent, SourceOutcome};
 use limosa_proto::time::Instant;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{DestinationReport, Message, Reached, ReadyTimes, RunningTimes, VerdictAnswer};
+use limosa_proto::wire::message::{DestinationReport, Message, Reached, ReadyTimes, ReleasedAnswer, RunningTimes, VerdictAnswer};
 use std::sync::Arc;
 
 /// A fault in the rules.
@@ -36,6 +37,10 @@ pub(crate) enum Planted {
     ReadyIsEnough,
     /// The network is told as soon as the destination is ready.
     TellWhenReady,
+    /// A source says that it never released what an engine of it may be about to release.
+    NeverIsNoPromise,
+    /// A destination gives up what its source says it has released.
+    ReleasedIsNever,
 }
 
 /// The fault in them, if any.
@@ -52,6 +57,8 @@ pub(crate) fn message(word: Word) -> Message {
         Word::Abort => Message::Abort { code: Code::Cancelled, words: String::new() },
         Word::Ask { released } => Message::VerdictAsk { released },
         Word::Answer(answer) => Message::Verdict(answer),
+        Word::AskReleased => Message::ReleasedAsk,
+        Word::Said(answer) => Message::Released(answer),
     }
 }
 
@@ -271,8 +278,11 @@ pub(crate) fn source_task(rules: Rules, world: &mut World, how: How) {
     let done = how != How::Failed;
     let event = match task {
         Task::Journal { kind, generation } => {
-            world.source.journal.extend(done.then_some((kind, generation)));
-            let failing = (how != How::Done).then(|| failed(HostTask::Journal(kind)));
+            let may = commit::may_follow(&world.source.records(), &record(kind, generation));
+            world.source.journal.extend((done && may).then_some((kind, generation)));
+            world.facts.promise_broken |=
+                kind == JournalRecordKind::Released && world.source.never == Some(generation) && done && may;
+            let failing = (how != How::Done || !may).then(|| failed(HostTask::Journal(kind)));
             Some((generation, failing, SourceEvent::Journaled(kind)))
         }
         Task::Resume { generation } => {
@@ -290,6 +300,10 @@ pub(crate) fn source_task(rules: Rules, world: &mut World, how: How) {
         }
         Task::Owe { generation, ended } => {
             owe(&mut world.source, generation, ended, how);
+            None
+        }
+        Task::Promise { generation } => {
+            promise(world, generation, how);
             None
         }
         // A VMM that has not plugged in yet is not known; when it does, the journal says what becomes of it.
@@ -538,14 +552,88 @@ pub(crate) fn answered(rules: Rules, world: &mut World, generation: u64, answer:
     }
 }
 
+/// The source writes that an attempt is over which it never released, and says so.
+fn promise(world: &mut World, generation: u64, how: How) {
+    let fits = release::is_unsettled(&world.source.records(), MIGRATION, Generation(generation));
+    world.source.journal.extend((fits && how != How::Failed).then_some((JournalRecordKind::Aborted, generation)));
+    say(world, generation, if fits && how == How::Done { ReleasedAnswer::Never } else { ReleasedAnswer::Open });
+}
+
+/// The source answers a destination.
+fn say(world: &mut World, generation: u64, answer: ReleasedAnswer) {
+    if answer == ReleasedAnswer::Never {
+        let journal = &world.source.journal;
+        let last = |kind| journal.iter().rposition(|record| *record == (kind, generation));
+        world.facts.promise_broken |= last(JournalRecordKind::Released) > last(JournalRecordKind::Aborted);
+        world.source.never = Some(generation);
+    }
+    world.send(Side::Destination, generation, Word::Said(answer));
+}
+
+/// A destination asks whether this was released.
+pub(crate) fn asked_whether_released(rules: Rules, world: &mut World, generation: u64) {
+    let host = &world.source;
+    let carried = host.carried.as_ref().is_some_and(|carried| carried.generation == generation);
+    match (rules, release::asked(&host.records(), MIGRATION, Generation(generation), carried)) {
+        (Some(Planted::NeverIsNoPromise), release::Asked::Answer(ReleasedAnswer::Open)) => {
+            say(world, generation, ReleasedAnswer::Never);
+        }
+        (_, release::Asked::Answer(answer)) => say(world, generation, answer),
+        (_, release::Asked::Promise(_)) => {
+            let promise = Task::Promise { generation };
+            if !world.source.tasks.contains(&promise) {
+                world.source.tasks.push(promise);
+            }
+        }
+    }
+}
+
+/// A destination asks and is answered in one step. Whether anything follows from it.
+pub(crate) fn asks_at_once(rules: Rules, world: &mut World, generation: u64) -> bool {
+    let (tasks, before) = (world.source.tasks.len(), crate::world::fingerprint(world));
+    world.destination.asked = true;
+    asked_whether_released(rules, world, generation);
+    if world.source.tasks.len() > tasks && world.source.tasks.pop().is_some() {
+        promise(world, generation, How::Done);
+    }
+    let said = world.network.iter().position(|packet| matches!(packet.word, Word::Said(_)));
+    if let Some(place) = said
+        && let Word::Said(answer) = world.network.remove(place).word
+    {
+        source_said(rules, world, generation, answer);
+    }
+    world.destination.asked = false;
+    before != crate::world::fingerprint(world)
+}
+
+/// The destination hears from the source.
+pub(crate) fn source_said(rules: Rules, world: &mut World, generation: u64, answer: ReleasedAnswer) {
+    let host = &mut world.destination;
+    if host.open != Some(generation) || !host.asked {
+        return;
+    }
+    host.asked = false;
+    match (rules, answer) {
+        (_, ReleasedAnswer::Never) | (Some(Planted::ReleasedIsNever), ReleasedAnswer::Released) => {
+            decide_open(world, Some(ReleasedAnswer::Never));
+        }
+        (_, ReleasedAnswer::Released) => host.said = Some(answer),
+        _ => {}
+    }
+}
+
 /// The destination has waited long enough for word of what a restart has left open.
 pub(crate) fn give_up(world: &mut World) -> Option<()> {
+    decide_open(world, world.destination.said)
+}
+
+fn decide_open(world: &mut World, said: Option<ReleasedAnswer>) -> Option<()> {
     let host = &mut world.destination;
     let generation = host.open?;
     let says = says(host.vmm);
     let (plugged, lives) = (host.plugged && says.is_some(), says.is_some());
     let says = says.filter(|_| plugged);
-    match recovery::out_of_patience(&host.records(), MIGRATION, Generation(generation), plugged, says, lives) {
+    match recovery::out_of_patience(&host.records(), MIGRATION, Generation(generation), plugged, says, lives, said) {
         OutOfPatience::Settled => {
             host.open = None;
             if !host.has(JournalRecordKind::Running, generation) {

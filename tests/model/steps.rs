@@ -46,6 +46,8 @@ pub(crate) enum Step {
     PlugIn(Side),
     /// The source asks about what a restart has left open.
     Ask,
+    /// The destination asks the source about what a restart has left open.
+    AskSource,
     /// The destination's patience with what a restart has left open ends.
     GiveUp,
 }
@@ -71,6 +73,7 @@ impl fmt::Display for Step {
             Step::Restart(side) => write!(f, "{side} restarts"),
             Step::PlugIn(side) => write!(f, "{side}'s VMM plugs in"),
             Step::Ask => f.write_str("source asks"),
+            Step::AskSource => f.write_str("destination asks"),
             Step::GiveUp => f.write_str("destination gives up"),
         }
     }
@@ -80,7 +83,7 @@ impl fmt::Display for Step {
 pub(crate) fn is_calm(world: &World, step: Step) -> bool {
     match step {
         Step::Deliver(_) | Step::Task(_, How::Done) | Step::Timer(_) | Step::Restart(_) | Step::PlugIn(_) => true,
-        Step::Ask | Step::GiveUp => true,
+        Step::Ask | Step::AskSource | Step::GiveUp => true,
         Step::LinkLost(side) => nobody_answers(world, side),
         _ => false,
     }
@@ -88,6 +91,11 @@ pub(crate) fn is_calm(world: &World, step: Step) -> bool {
 
 /// Whether what `side` waits for cannot come any more, so that it will notice.
 fn nobody_answers(world: &World, side: Side) -> bool {
+    if side == Side::Destination && world.destination.asked {
+        let on_its_way = world.network.iter().any(|packet| matches!(packet.word, Word::AskReleased | Word::Said(_)));
+        let writes = world.source.lives && world.source.tasks.iter().any(|task| matches!(task, Task::Promise { .. }));
+        return !on_its_way && !writes;
+    }
     let asking = world.source.carried.as_ref().is_some_and(|carried| carried.asks) || world.source.asked;
     if side == Side::Source && asking {
         let on_its_way =
@@ -160,6 +168,9 @@ pub(crate) fn possible(world: &World, steps: &mut Vec<Step>) {
     }
     if world.destination.lives && world.destination.open.is_some() && world.destination.tasks.is_empty() {
         steps.push(Step::GiveUp);
+        if !world.destination.asked && (world.left.far || world.source.lives) {
+            steps.push(Step::AskSource);
+        }
     }
     if rules::may_begin(world) {
         steps.push(Step::Begin);
@@ -175,7 +186,12 @@ fn glance(world: &World, side: Side) -> (bool, bool, Vmm, bool, bool, Option<Ins
         let kinds = |task: &Task| {
             matches!(
                 task,
-                Task::Journal { .. } | Task::Note { .. } | Task::Settle { .. } | Task::Discard { .. } | Task::Owe { .. }
+                Task::Journal { .. }
+                    | Task::Note { .. }
+                    | Task::Settle { .. }
+                    | Task::Discard { .. }
+                    | Task::Owe { .. }
+                    | Task::Promise { .. }
             )
         };
         tasks.first().is_some_and(kinds)
@@ -190,7 +206,7 @@ fn glance(world: &World, side: Side) -> (bool, bool, Vmm, bool, bool, Option<Ins
         Side::Destination => {
             let host = &world.destination;
             let timer = host.carried.as_ref().and_then(|carried| moment(carried.engine.timeout()));
-            let linked = host.carried.as_ref().is_some_and(|carried| carried.linked);
+            let linked = host.asked || host.carried.as_ref().is_some_and(|carried| carried.linked);
             (host.lives, host.plugged, host.vmm, !host.tasks.is_empty(), writes(&host.tasks), timer, linked)
         }
     }
@@ -242,6 +258,14 @@ pub(crate) fn take(rules: Rules, world: &World, step: Step) -> Option<World> {
             let generation = world.source.open?;
             world.source.asked = true;
             world.send(Side::Destination, generation, Word::Ask { released: true });
+        }
+        Step::AskSource => {
+            let generation = world.destination.open?;
+            if !world.left.far {
+                return rules::asks_at_once(rules, world, generation).then_some(next);
+            }
+            world.destination.asked = true;
+            world.send(Side::Source, generation, Word::AskReleased);
         }
         Step::GiveUp => rules::give_up(world)?,
     }
@@ -299,6 +323,7 @@ fn lose_link(rules: Rules, world: &mut World, side: Side) {
             tell_source(rules, world, SourceEvent::LinkLost(lost));
         }
         Side::Destination => {
+            world.destination.asked = false;
             if let Some(carried) = &mut world.destination.carried {
                 carried.linked = false;
             }
@@ -313,6 +338,8 @@ fn deliver(rules: Rules, world: &mut World, packet: Packet) {
         (Side::Source, _) if !world.source.lives => {}
         (Side::Destination, _) if !world.destination.lives => {}
         (Side::Source, Word::Answer(answer)) => answered(rules, world, generation, answer),
+        (Side::Source, Word::AskReleased) => rules::asked_whether_released(rules, world, generation),
+        (Side::Destination, Word::Said(answer)) => rules::source_said(rules, world, generation, answer),
         (Side::Source, _) => {
             if let Some(event) = heard_by_source(world, generation, word) {
                 tell_source(rules, world, event);
@@ -385,11 +412,12 @@ fn die<E>(host: &mut Host<E>, durable: bool) {
         ) => Some((*kind, *generation)),
         Some(Task::Owe { generation, ended: Ended::Stayed }) => Some((JournalRecordKind::Aborted, *generation)),
         Some(Task::Owe { generation, .. }) => Some((JournalRecordKind::Running, *generation)),
+        Some(Task::Promise { generation }) => Some((JournalRecordKind::Aborted, *generation)),
         Some(Task::Discard { generation, .. }) => Some((JournalRecordKind::Discarded, *generation)),
         _ => None,
     };
     host.journal.extend(writing.filter(|_| durable));
-    (host.lives, host.plugged, host.carried, host.open, host.asked) = (false, false, None, None, false);
+    (host.lives, host.plugged, host.carried, host.open, host.asked, host.said) = (false, false, None, None, false, None);
     host.tasks.clear();
 }
 

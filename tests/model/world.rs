@@ -10,7 +10,7 @@ use limosa_proto::recovery::Ended;
 use limosa_proto::source::{Course, Source, SourceConfig};
 use limosa_proto::time::Instant;
 use limosa_proto::wire::frame::LaneToken;
-use limosa_proto::wire::message::{VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer, VmDescription};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -47,6 +47,8 @@ pub(crate) enum Word {
     Abort,
     Ask { released: bool },
     Answer(VerdictAnswer),
+    AskReleased,
+    Said(ReleasedAnswer),
 }
 
 /// A message on its way. The link keeps no order.
@@ -83,6 +85,8 @@ pub(crate) enum Task {
     Own,
     /// The agent's own: the VMM ends.
     Drop,
+    /// The agent's own, of a source: `aborted`, if it is not settled otherwise, and then it says Never.
+    Promise { generation: u64 },
 }
 
 /// What a VMM does with the guest.
@@ -123,6 +127,10 @@ pub(crate) struct Host<E> {
     pub(crate) open: Option<u64>,
     /// The question is on its way.
     pub(crate) asked: bool,
+    /// What the source last said to the destination, if that was anything to go by.
+    pub(crate) said: Option<ReleasedAnswer>,
+    /// What the source has said that it never released.
+    pub(crate) never: Option<u64>,
 }
 
 impl<E> Host<E> {
@@ -156,6 +164,9 @@ pub(crate) struct Left {
     pub(crate) failures: u8,
     /// Further attempts.
     pub(crate) attempts: u8,
+    /// Whether a destination's question, and its answer, are on their way like other words; else a source that lives is asked and
+    /// answers in one step.
+    pub(crate) far: bool,
 }
 
 /// What cannot be read off the state any more.
@@ -173,6 +184,8 @@ pub(crate) struct Facts {
     pub(crate) source_lost: bool,
     /// A power cut took the destination's guest when it ran, or was ready to.
     pub(crate) destination_lost: bool,
+    /// The source released what it had said that it never would, or said so of what it had released.
+    pub(crate) promise_broken: bool,
 }
 
 #[allow(clippy::derived_hash_with_manual_eq, reason = "two are equal when their hashes are: what the search goes by")]
@@ -203,7 +216,18 @@ impl World {
     pub(crate) fn new(left: Left) -> World {
         fn host<E>(vmm: Vmm) -> Host<E> {
             let (journal, tasks) = (Vec::new(), Vec::new());
-            Host { lives: true, plugged: true, vmm, journal, carried: None, tasks, open: None, asked: false }
+            Host {
+                lives: true,
+                plugged: true,
+                vmm,
+                journal,
+                carried: None,
+                tasks,
+                open: None,
+                asked: false,
+                said: None,
+                never: None,
+            }
         }
         let (source, destination) = (host(Vmm::Runs(0)), host(Vmm::Gone));
         World { source, destination, network: Vec::new(), left, facts: Facts::default() }
@@ -231,13 +255,14 @@ impl World {
     }
 
     /// Both agents live and nothing is under way or open; but what a power cut took from the destination may stay open there,
-    /// for its operator.
+    /// for its operator, if the source has released it.
     pub(crate) fn is_settled(&self) -> bool {
         fn settled<E>(host: &Host<E>) -> bool {
             let here = host.plugged || host.vmm == Vmm::Gone;
             host.lives && here && host.carried.is_none() && host.tasks.is_empty()
         }
-        let open = self.source.open.is_some() || self.destination.open.is_some() && !self.facts.destination_lost;
+        let doubtful = |generation: u64| self.facts.destination_lost && self.source.has(JournalRecordKind::Released, generation);
+        let open = self.source.open.is_some() || self.destination.open.is_some_and(|generation| !doubtful(generation));
         settled(&self.source) && settled(&self.destination) && !open
     }
 }

@@ -55,6 +55,8 @@ pub struct AgentConfig {
     pub tickets: BTreeMap<String, String>,
     /// `[[operator]]` tables in place of the lab's operator, who may do everything.
     pub operators: Option<String>,
+    /// Keys of `[metrics]`.
+    pub metrics: BTreeMap<String, String>,
     /// The program, where it is not the binary under test; then it looks for fail points too.
     pub binary: Option<PathBuf>,
 }
@@ -75,6 +77,7 @@ impl Default for AgentConfig {
             cpu: BTreeMap::new(),
             tickets: BTreeMap::new(),
             operators: None,
+            metrics: BTreeMap::new(),
             binary: None,
         }
     }
@@ -113,6 +116,12 @@ impl AgentConfig {
     /// Has the agent and its VMMs see the folder `which` at the place of the folder `at`.
     pub fn sees(mut self, which: &Path, at: &Path) -> AgentConfig {
         self.bind = Some((which.to_owned(), at.to_owned()));
+        self
+    }
+
+    /// Serves metrics at this address.
+    pub fn metrics(mut self, listen: &str) -> AgentConfig {
+        self.metrics.insert("listen".to_owned(), format!("{listen:?}"));
         self
     }
 
@@ -180,6 +189,7 @@ impl AgentConfig {
             ("storage", &self.storage),
             ("cpu", &self.cpu),
             ("tickets", &self.tickets),
+            ("metrics", &self.metrics),
         ];
         text.push_str(&self.operators.clone().unwrap_or_else(|| host.operator.rule("rig")));
         for (name, section) in sections {

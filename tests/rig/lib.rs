@@ -5,6 +5,7 @@
 pub mod announced;
 pub mod capture;
 pub mod command;
+pub mod flood;
 pub mod guest;
 pub mod host;
 pub mod lab;

@@ -5,7 +5,6 @@ use crate::host::{AgentConfig, Host, PATIENCE};
 use crate::process::{self, target_dir, wait_for};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 
 /// The folder of a host's armed points.
 pub(crate) fn folder(host: &Host) -> PathBuf {
@@ -17,10 +16,10 @@ pub fn binary() -> Result<PathBuf> {
     // Whatever this test's own profile is.
     let target = target_dir()?.parent().context("target/PROFILE")?.join("debug");
     let _lock = process::lock("rig-build")?;
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = process::cargo();
     // Of the whole workspace, as `make test` has built it before: nothing is compiled within a test's time.
     command.args(["build", "--workspace", "--features", "limosa/failpoints", "--bin", "limosa-failpoints"]);
-    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).output().context("cannot start cargo")?;
+    let output = command.output().context("cannot start cargo")?;
     ensure!(output.status.success(), "no limosa-failpoints:\n{}", String::from_utf8_lossy(&output.stderr));
     Ok(target.join("limosa-failpoints"))
 }

@@ -71,6 +71,14 @@ pub fn memfds(pid: u32) -> usize {
     open + maps.lines().filter(|line| line.contains("/memfd:")).count()
 }
 
+/// Kibibytes of memory that a process has: its own ("RssAnon"), or all that is mapped and there ("VmRSS").
+pub fn memory_kib(pid: u32, field: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.split_whitespace().next()).with_context(|| format!("{field} of {pid}"))?;
+    Ok(number.parse()?)
+}
+
 /// Ends a process at once, as `kill -9` does.
 pub fn kill(pid: u32) {
     signal(pid, Signal::SIGKILL);
@@ -97,13 +105,25 @@ pub fn lock(name: &str) -> Result<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| anyhow::anyhow!("cannot lock {}: {errno}", path.display()))
 }
 
+/// Cargo, as a person would start it. What cargo itself tells a test of its package is taken away: build scripts that ask for those
+/// names (`ring`'s) would run again, and all that stands on them would be built anew, for this test and then again for the next person.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") || name.starts_with("NEXTEST");
+    std::env::vars_os().map(|(name, _)| name).filter(|name| name.to_str().is_some_and(ours)).for_each(|name| {
+        command.env_remove(name);
+    });
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    command
+}
+
 /// Builds something of this workspace with cargo, in the profile of this test, and gives the file that came out.
 pub fn cargo_build(words: &[&str], file: &str) -> Result<PathBuf> {
     let dir = target_dir()?;
     let _lock = lock("rig-build")?;
     let path = dir.join(file);
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.arg("build").args(words).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+    let mut command = cargo();
+    command.arg("build").args(words);
     if dir.ends_with("release") {
         command.arg("--release");
     }

@@ -10,8 +10,8 @@ use crate::world::{Begun, Engine, EntryState, Item, Operation, Outcome, Owed, Se
 use limosa_proto::commit::JournalRecord;
 use limosa_proto::destination::Destination;
 use limosa_proto::event::{
-    Course, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, Side, SourceAction, SourceConfig,
-    SourceEvent, SourceOutcome,
+    Course, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, HostTask, Side, SourceAction,
+    SourceConfig, SourceEvent, SourceOutcome,
 };
 use limosa_proto::identity::MigrationId;
 use limosa_proto::recovery::{Ended, Plugged};
@@ -41,6 +41,8 @@ fn step_of(message: &Message) -> Option<Step> {
         Message::Abort { .. } => Step::AbortSent,
         Message::VerdictAsk { .. } => Step::VerdictAskSent,
         Message::Verdict(_) => Step::VerdictSent,
+        Message::ReleasedAsk => Step::ReleasedAskSent,
+        Message::Released(_) => Step::ReleasedSent,
         _ => return None,
     })
 }
@@ -76,6 +78,13 @@ impl World {
         self.set_state(host, state);
     }
 
+    /// The VMM is told to run the guest, or to have it and hold it.
+    pub(crate) fn note_order(&mut self, host: usize) {
+        if let Some(entry) = self.hosts[host].agent.as_mut().and_then(|agent| agent.entry.as_mut()) {
+            entry.may_have_run = true;
+        }
+    }
+
     pub(crate) fn set_state(&mut self, host: usize, state: EntryState) {
         if let Some(entry) = self.hosts[host].agent.as_mut().and_then(|agent| agent.entry.as_mut()) {
             entry.state = state;
@@ -91,6 +100,7 @@ impl World {
             self.check_taken_back(host);
         }
         self.log(|| format!("host {host}: VMM {vmm} is let run"));
+        self.note_order(host);
         self.guest.run(vmm)
     }
 
@@ -324,7 +334,9 @@ impl World {
                 };
                 self.tell(end.host, number, told);
             }
-            owner @ (Owner::Settle(..) | Owner::Ask(..)) => self.verdict_came(end.host, end.incarnation, owner, None),
+            owner @ (Owner::Settle(..) | Owner::Ask(..) | Owner::Released(..)) => {
+                self.verdict_came(end.host, end.incarnation, owner, None);
+            }
             Owner::Nobody => {}
         }
     }
@@ -357,6 +369,11 @@ impl World {
             }
             (Owner::Nobody, Message::Hello(hello)) => self.welcome(host, connection, key, Message::Hello(hello)),
             (Owner::Nobody, Message::VerdictAsk { released }) => self.asked_for(host, connection, key, released),
+            (Owner::Nobody, Message::ReleasedAsk) => self.asked_whether_released(host, connection, key),
+            (Owner::Released(wait, asked), Message::Released(answer)) => {
+                let incarnation = self.net.connections[connection].ends[to].incarnation;
+                self.source_said(host, incarnation, wait, asked, Some(answer));
+            }
             _ => {}
         }
     }
@@ -432,6 +449,10 @@ impl World {
         let (step, task) = step_and_task(&operation);
         // To let a VMM go always succeeds: it is killed if it does not listen.
         let fate = if is_infallible(task) { None } else { session.fate.take() };
+        if task == HostTask::Resume {
+            // Whatever comes of it, the order may have reached the VMM.
+            self.note_order(host);
+        }
         let done = match fate {
             Some((_, false)) => Err("simulated: it was not done".to_owned()),
             _ => self.effect(host, number, &operation),
@@ -571,6 +592,7 @@ impl World {
                     self.ask_answered(host, ask, answer);
                 }
             }
+            Owner::Released(wait, asked) => self.source_said(host, incarnation, wait, asked, None),
             Owner::Session(_) | Owner::Nobody => {}
         }
     }

@@ -46,6 +46,12 @@ pub(crate) enum Mutant {
     RestartForgetsReleased,
     /// A round counts as arrived when its first lane is through.
     FirstLaneIsTheRound,
+    /// A source says that it never released what it may be about to.
+    NeverIsNoPromise,
+    /// A source that knows nothing is taken for one that never released.
+    UnknownIsNever,
+    /// A destination gives a guest up that its source says it has released.
+    ReleasedIsNever,
 }
 
 impl Mutant {
@@ -68,6 +74,9 @@ impl Mutant {
         Mutant::CommitAfterDiscarded,
         Mutant::RestartForgetsReleased,
         Mutant::FirstLaneIsTheRound,
+        Mutant::NeverIsNoPromise,
+        Mutant::UnknownIsNever,
+        Mutant::ReleasedIsNever,
     ];
 }
 
@@ -92,8 +101,21 @@ impl World {
         if !self.durable(host, key, JournalRecordKind::Released) {
             self.fail(format!("released is not durable on host {host} when the engine is told so"));
         }
+        if self.never.contains(&(host, key)) {
+            self.fail(format!("host {host} released what it said that it never would"));
+        }
         if !self.durable(peer, key, JournalRecordKind::Ready) {
             self.fail(format!("host {host} released the guest to host {peer}, where ready is not durable"));
+        }
+    }
+
+    /// A source is about to say that it never released this, and never will.
+    pub(crate) fn check_never(&mut self, host: usize, key: Key) {
+        if !self.durable(host, key, JournalRecordKind::Aborted) {
+            self.fail(format!("host {host} says that it never releases an attempt, and nothing durable keeps it from that"));
+        }
+        if !self.never.contains(&(host, key)) {
+            self.never.push((host, key));
         }
     }
 
@@ -179,6 +201,7 @@ impl World {
         let living: Vec<usize> = (0..self.guest.vmms.len()).filter(|vmm| self.guest.vmms[*vmm].lives).collect();
         let owned: Vec<usize> = living.iter().copied().filter(|vmm| self.owns(*vmm)).collect();
         let states: Vec<String> = living.iter().map(|vmm| self.shown(*vmm)).collect();
+        self.check_doubts();
         match (owned.len(), living.len()) {
             (1, 1) => {}
             (0, 0) if self.may_be_none => return End::Lost,
@@ -197,6 +220,20 @@ impl World {
             }
         }
         End::Whole
+    }
+
+    /// At the end: a destination is in doubt only about what its source has released and was not given back.
+    fn check_doubts(&mut self) {
+        let waits = |host: usize| self.hosts[host].agent.iter().flat_map(|agent| agent.waits.values());
+        let open: Vec<_> =
+            (0..self.hosts.len()).flat_map(|host| waits(host).map(move |wait| (host, wait.record.clone()))).collect();
+        for (host, record) in open {
+            let key = (record.migration, record.generation);
+            let records = self.hosts[self.index_of(record.peer)].disk.durable();
+            if has(&records, key, JournalRecordKind::Aborted) || !has(&records, key, JournalRecordKind::Released) {
+                self.fail(format!("host {host} is in doubt about generation {}, which its source knows", key.1.0));
+            }
+        }
     }
 
     /// Whether the guest of this VMM runs, or is held by its operator as its agent knows.

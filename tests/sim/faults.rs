@@ -1,4 +1,4 @@
-//! What may go wrong, and where: 78 numbered and named fault points, the faults, and the plan that a seed makes of them.
+//! What may go wrong, and where: 84 numbered and named fault points, the faults, and the plan that a seed makes of them.
 //! It breaks nothing itself; `world` does, when a point is reached.
 
 use std::time::Duration;
@@ -97,6 +97,9 @@ steps! {
     VerdictSent "Verdict on the wire",
     Start "agent opens its journal and settles",
     Ask "a restarted agent asks the destination",
+    AskSource "a restarted destination asks the source",
+    ReleasedAskSent "ReleasedAsk on the wire",
+    ReleasedSent "Released on the wire",
     PlugIn "a VMM plugs in again",
     Patience "a destination's patience with a source ends",
 }
@@ -249,6 +252,8 @@ pub(crate) fn plan(random: &mut Random) -> Vec<Planned> {
         S::VerdictSent,
         S::Start,
         S::Ask,
+        S::AskSource,
+        S::ReleasedSent,
         S::PlugIn,
         S::Patience,
         S::Load,

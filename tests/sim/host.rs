@@ -187,7 +187,13 @@ impl World {
                 if agent.entry.is_some() {
                     return Ok(Answer::Taken);
                 }
-                agent.entry = Some(Entry { plugged: None, process: None, state: EntryState::Incoming, claim: Some(number) });
+                agent.entry = Some(Entry {
+                    plugged: None,
+                    process: None,
+                    state: EntryState::Incoming,
+                    claim: Some(number),
+                    may_have_run: false,
+                });
             }
             DestinationAction::Prepare { .. } => {
                 let vmm = self.guest.prepare(host);

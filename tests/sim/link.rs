@@ -23,6 +23,8 @@ pub(crate) enum Owner {
     Settle(u64, u32),
     /// A restarted agent that does.
     Ask(u64, u32),
+    /// A restarted destination that asks whether it was released: one of its waits, for the n-th time.
+    Released(u64, u32),
     /// The accepting end, before the first message; and an end that only answered.
     Nobody,
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod agent;
+mod asked;
 mod checker;
 mod disk;
 mod faults;

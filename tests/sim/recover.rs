@@ -23,7 +23,7 @@ use std::time::Duration;
 const AGENT_AWAY_US: (u64, u64) = (100_000, 8_000_000);
 const HOST_AWAY_US: (u64, u64) = (5_000_000, 40_000_000);
 /// How long one question may take.
-const VERDICT_MAX: Duration = Duration::from_secs(10);
+pub(crate) const VERDICT_MAX: Duration = Duration::from_secs(10);
 const READY_MAX: Duration = Duration::from_secs(30);
 const WAIT_INTERVAL: Duration = Duration::from_millis(500);
 /// Small, so that journals are rewritten in many worlds.
@@ -115,8 +115,12 @@ impl World {
         self.serial += 1;
         let (wait, incarnation) = (self.serial, self.incarnation(host).unwrap());
         let until = self.now.after(patience);
-        self.hosts[host].agent.as_mut().unwrap().waits.insert(wait, Waiting { record, until, again });
+        let waiting = Waiting { record, until, again, interval: ASK_INTERVAL.0, asked: 0, said: None };
+        self.hosts[host].agent.as_mut().unwrap().waits.insert(wait, waiting);
         self.after(WAIT_INTERVAL, Item::Wait { host, incarnation, wait });
+        if !again {
+            self.after(Duration::ZERO, Item::AskSource { host, incarnation, wait });
+        }
     }
 
     /// The engine gave a guest up and could not write so: the agent decides again, as long as its VMM is there.
@@ -338,8 +342,19 @@ impl World {
         let Some(agent) = &mut self.hosts[host].agent else { return };
         let Some(entry) = &agent.entry else { return };
         let ended = entry.process.is_some_and(|vmm| !self.guest.vmms[vmm].lives);
-        if ended && entry.claim.is_none() {
-            agent.entry = None;
+        if !ended || entry.claim.is_some() {
+            return;
+        }
+        let may_have_run = entry.may_have_run;
+        agent.entry = None;
+        if may_have_run {
+            return;
+        }
+        let records = of_guest(agent.journal.records());
+        if let Some((of, note)) = recovery::vmm_ended_unrun(&records)
+            && self.write(host, &note.of(&of)).is_err()
+        {
+            self.owe(host, Owed::Record((of.migration, of.generation), Ended::GivenUp));
         }
     }
 
@@ -393,7 +408,13 @@ impl World {
         let agent = self.agent(host, incarnation).unwrap();
         match &mut agent.entry {
             Some(entry) => (entry.plugged, entry.process) = (Some(vmm), Some(vmm)),
-            None => agent.entry = Some(Entry { plugged: Some(vmm), process: Some(vmm), state: shown, claim: None }),
+            None => {
+                let (plugged, process) = (Some(vmm), Some(vmm));
+                agent.entry = Some(Entry { plugged, process, state: shown, claim: None, may_have_run: true });
+            }
+        }
+        if let Some(entry) = agent.entry.as_mut().filter(|_| state == Plugged::Loaded) {
+            entry.may_have_run = false;
         }
         if claimed.is_none() {
             self.set_state(host, shown);
@@ -424,6 +445,7 @@ impl World {
     /// Lets a guest that is this host's be as its operator wants it.
     fn take_up(&mut self, host: usize, vmm: usize) -> Result<(), String> {
         if self.guest.vmms[vmm].held {
+            self.note_order(host);
             self.guest.hold(vmm)?;
             self.set_state(host, EntryState::Held);
         } else {
@@ -619,19 +641,29 @@ impl World {
             }
         }
         self.after(WAIT_INTERVAL, Item::Wait { host, incarnation, wait });
-        if now <= until || claimed {
-            return;
+        if now > until {
+            self.out_of_patience(host, incarnation, wait);
         }
+    }
+
+    /// The source's word has not come, or it says Never.
+    pub(crate) fn out_of_patience(&mut self, host: usize, incarnation: u64, wait: u64) {
+        let Some(waiting) = self.agent(host, incarnation).and_then(|agent| agent.waits.get(&wait)) else { return };
+        let (record, said) = (waiting.record.clone(), waiting.said);
+        let (migration, generation) = (record.migration, record.generation);
         let peer = self.index_of(record.peer);
         self.point(Step::Patience, false, host, peer);
         self.strike_all();
         let Some(agent) = self.agent(host, incarnation) else { return };
+        if agent.entry.as_ref().is_some_and(|entry| entry.claim.is_some()) {
+            return;
+        }
         let records = agent.journal.of(migration, generation);
         let plugged = agent.entry.as_ref().and_then(|entry| entry.plugged);
         let lives = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
         let says = plugged.map(|vmm| self.guest.vmms[vmm].state);
-        let found = recovery::out_of_patience(&records, migration, generation, plugged.is_some(), says, lives);
-        self.log(|| format!("host {host}: patience with generation {} has ended: {found:?}", generation.0));
+        let found = recovery::out_of_patience(&records, migration, generation, plugged.is_some(), says, lives, said);
+        self.log(|| format!("host {host}: open is generation {}, the source said {said:?}: {found:?}", generation.0));
         match found {
             OutOfPatience::Settled | OutOfPatience::Wait(_) | OutOfPatience::MayHaveRun(_) => {}
             OutOfPatience::Running(note) => drop(self.write(host, &note.of(&record))),

@@ -17,7 +17,7 @@ use limosa_proto::recovery::Ended;
 use limosa_proto::source::Source;
 use limosa_proto::time::Instant;
 use limosa_proto::wire::frame::LaneToken;
-use limosa_proto::wire::message::{Message, VerdictAnswer};
+use limosa_proto::wire::message::{Message, ReleasedAnswer, VerdictAnswer};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -104,6 +104,11 @@ pub(crate) enum Item {
         ask: u64,
     },
     Wait {
+        host: usize,
+        incarnation: u64,
+        wait: u64,
+    },
+    AskSource {
         host: usize,
         incarnation: u64,
         wait: u64,
@@ -203,6 +208,8 @@ pub(crate) struct Entry {
     pub(crate) process: Option<usize>,
     pub(crate) state: EntryState,
     pub(crate) claim: Option<u64>,
+    /// Whether its VMM was told to run it, or came back so.
+    pub(crate) may_have_run: bool,
 }
 
 impl Entry {
@@ -224,6 +231,10 @@ pub(crate) struct Waiting {
     pub(crate) until: Instant,
     /// Whether this very agent gave it up and could not write so.
     pub(crate) again: bool,
+    /// How long until the source is asked again, how often it was, and what it last said.
+    pub(crate) interval: Duration,
+    pub(crate) asked: u32,
+    pub(crate) said: Option<ReleasedAnswer>,
 }
 
 /// Something that an agent does not give up: tried until it is done.
@@ -283,6 +294,8 @@ pub(crate) struct World {
     /// The guest may be gone, or nobody may be able to say where it is: the faults took it.
     pub(crate) may_be_none: bool,
     pub(crate) may_be_in_doubt: bool,
+    /// What a host has promised never to release.
+    pub(crate) never: Vec<(usize, Key)>,
     pub(crate) quiet: bool,
     healed_at: Instant,
     pub(crate) report: Report,
@@ -336,6 +349,7 @@ impl World {
             mutant,
             may_be_none: false,
             may_be_in_doubt: false,
+            never: Vec::new(),
             quiet: false,
             healed_at: BEGIN,
             report,
@@ -506,6 +520,7 @@ impl World {
             | Item::PlugIn { host, .. }
             | Item::Ask { host, .. }
             | Item::Wait { host, .. }
+            | Item::AskSource { host, .. }
             | Item::Retry { host, .. } => *host,
             Item::LaneRead { lanes, .. } => self.net.lanes[*lanes].source.0,
             Item::LaneWrite { lanes, .. } => self.net.lanes[*lanes].destination.0,
@@ -537,6 +552,7 @@ impl World {
             Item::PlugIn { vmm, host, incarnation } => self.plug_in(vmm, host, incarnation),
             Item::Ask { host, incarnation, ask } => self.ask(host, incarnation, ask),
             Item::Wait { host, incarnation, wait } => self.wait_on(host, incarnation, wait),
+            Item::AskSource { host, incarnation, wait } => self.ask_source(host, incarnation, wait),
             Item::Retry { host, incarnation, owed } => self.retry(host, incarnation, &owed),
             Item::Operator => self.operator(),
             Item::Nothing => {}

@@ -314,10 +314,10 @@ pub fn with_machines_like(change: impl FnOnce(Spec) -> Result<Spec>, test: impl 
 /// It does not build.
 pub fn test_binary(package: &str, test: &str, words: &[&str]) -> Result<PathBuf> {
     let _lock = process::lock("rig-build")?;
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = process::cargo();
     // Of the whole workspace, so that it is built with the same features as by `make test`: nothing is compiled twice.
     command.args(["test", "--quiet", "--workspace", "--test", test, "--no-run", "--message-format=json"]).args(words);
-    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).output().context("cannot start cargo")?;
+    let output = command.output().context("cannot start cargo")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "the test {test} of {package}: {}", String::from_utf8_lossy(&output.stderr));
     let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());

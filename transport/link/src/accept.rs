@@ -8,6 +8,7 @@ use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::HostKey;
 use crate::lanes::LaneReceiver as _;
+use crate::room::{Sparing, SparingByAddress, Waiting};
 use crate::sessions::{Sessions, emit_lane_answer};
 use crate::tcp::{PlainReceiver, SecureReceiver, set_up, set_up_lane};
 use crate::tls::{self, Secured, TlsError, TrustedHosts};
@@ -15,12 +16,11 @@ use limosa_proto::allow::AllowList;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{LANE_MAGIC, LANE_PREAMBLE_BYTES, LanePreamble};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -39,8 +39,10 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub struct ListenerSettings {
     /// Whether lanes without TLS are let in at all.
     pub plaintext_lanes: bool,
-    /// Most connections whose peer is not known yet; the oldest makes room.
+    /// Most connections whose peer is not known yet; the oldest of the address that has most makes room.
     pub unauthenticated_max: usize,
+    /// Most of them from one address (of IPv6: from one /64); its own oldest makes room.
+    pub unauthenticated_of_one_max: usize,
     /// How long a peer has from its connection to its first words.
     pub handshake_max: Duration,
     /// A peer that acknowledges nothing for this long is lost.
@@ -51,7 +53,9 @@ impl Default for ListenerSettings {
     fn default() -> ListenerSettings {
         ListenerSettings {
             plaintext_lanes: false,
-            unauthenticated_max: 64,
+            unauthenticated_max: 128,
+            // Two migrations may open their 16 lanes at once.
+            unauthenticated_of_one_max: 36,
             handshake_max: Duration::from_secs(5),
             peer_silence_max: limosa_proto::event::PEER_SILENCE_MAX,
         }
@@ -63,10 +67,16 @@ impl Default for ListenerSettings {
 pub struct ListenerCounters {
     /// Closed unread because the address is not on the allow-list.
     pub not_allowed: AtomicU64,
-    /// Closed because of the key or a broken handshake.
+    /// Closed because of the key: it is not trusted, or there is none.
     pub not_trusted: AtomicU64,
-    /// Closed because a newer one needed the room, or because time was up.
+    /// Closed because the handshake or the first words were none.
+    pub broken: AtomicU64,
+    /// Closed because a newer one needed the room.
     pub crowded_out: AtomicU64,
+    /// Closed because time was up.
+    pub too_slow: AtomicU64,
+    /// Peers that have not said who they are, now.
+    pub waiting: AtomicU64,
 }
 
 /// The open port.
@@ -85,24 +95,7 @@ struct Gate {
     /// Keys of operators, in the form of host keys.
     operators: TrustedHosts,
     counters: Arc<ListenerCounters>,
-}
-
-/// Says something at most once a second, and how often it was not said.
-#[derive(Default)]
-pub(crate) struct Sparing {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Sparing {
-    pub(crate) fn say(&mut self, words: impl FnOnce(u64)) {
-        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            self.unsaid += 1;
-            return;
-        }
-        words(self.unsaid);
-        *self = Sparing { last: Some(Instant::now()), unsaid: 0 };
-    }
+    log: SparingByAddress,
 }
 
 impl Listener {
@@ -124,7 +117,8 @@ impl Listener {
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         let listener = TcpListener::from_std(socket.into())?;
-        let gate = Arc::new(Gate { settings, key, trusted, operators: TrustedHosts::default(), counters: Arc::default() });
+        let (operators, counters, log) = (TrustedHosts::default(), Arc::default(), SparingByAddress::default());
+        let gate = Arc::new(Gate { settings, key, trusted, operators, counters, log });
         Ok(Listener { listener, gate, allow })
     }
 
@@ -154,8 +148,9 @@ impl Listener {
 
     /// Lets in what may come in, until `stop` is cancelled; then the port is closed and open migrations go on.
     pub async fn serve(self, sessions: Sessions, stop: Cancel) {
-        let mut waiting: VecDeque<(tokio::task::JoinHandle<()>, oneshot::Sender<()>)> = VecDeque::new();
-        let mut log = Sparing { last: None, unsaid: 0 };
+        let set = &self.gate.settings;
+        let mut waiting = Waiting::new(set.unauthenticated_max, set.unauthenticated_of_one_max);
+        let mut log = Sparing::default();
         loop {
             let (stream, from) = tokio::select! {
                 biased;
@@ -172,21 +167,22 @@ impl Listener {
             };
             if !self.allowed(from.ip()) {
                 self.gate.counters.not_allowed.fetch_add(1, Ordering::Relaxed);
-                log.say(|unsaid| tracing::warn!(%from, unsaid, "a connection was closed unread: its address is not on the allow-list"));
+                self.gate.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was closed unread: its address is not on the allow-list"));
                 // With a reset, so that the other side can tell this from a port that is closed later.
                 let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
                 continue;
             }
-            waiting.retain(|(task, _)| !task.is_finished());
-            if waiting.len() >= self.gate.settings.unauthenticated_max
-                && let Some((_, leave)) = waiting.pop_front()
-            {
-                drop(leave);
+            if waiting.make_room(from.ip()) {
                 self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             let (stay, leave) = oneshot::channel();
-            let task = tokio::spawn(self.gate.clone().meet(stream, from, sessions.clone(), leave));
-            waiting.push_back((task, stay));
+            let (gate, sessions) = (self.gate.clone(), sessions.clone());
+            let task = tokio::spawn(async move {
+                gate.counters.waiting.fetch_add(1, Ordering::Relaxed);
+                gate.meet(stream, from, sessions, leave).await;
+                gate.counters.waiting.fetch_sub(1, Ordering::Relaxed);
+            });
+            waiting.add(from.ip(), task, stay);
         }
     }
 
@@ -197,7 +193,7 @@ impl Listener {
 
 impl Gate {
     /// Meets one connection: until it is known, until its time is up, or until a newer one needs its room.
-    async fn meet(self: Arc<Self>, mut stream: TcpStream, from: SocketAddr, sessions: Sessions, leave: oneshot::Receiver<()>) {
+    async fn meet(&self, mut stream: TcpStream, from: SocketAddr, sessions: Sessions, leave: oneshot::Receiver<()>) {
         if set_up(&SockRef::from(&stream), self.settings.peer_silence_max).is_err() {
             return;
         }
@@ -216,13 +212,15 @@ impl Gate {
                 }
             }
             Ok(Err(error)) => {
-                self.counters.not_trusted.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%from, %error, "a connection was refused");
+                let counters = &self.counters;
+                let counter = if error.is_of_the_key() { &counters.not_trusted } else { &counters.broken };
+                counter.fetch_add(1, Ordering::Relaxed);
+                self.log.say(from.ip(), |unsaid| tracing::warn!(%from, %error, unsaid, "a connection was refused"));
                 let _ = tokio::time::timeout(FAREWELL, farewell(stream)).await;
             }
             Err(_) => {
-                self.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
-                tracing::info!(%from, "a connection did not say who it is in time");
+                self.counters.too_slow.fetch_add(1, Ordering::Relaxed);
+                self.log.say(from.ip(), |unsaid| tracing::info!(%from, unsaid, "a connection did not say who it is in time"));
             }
         }
     }

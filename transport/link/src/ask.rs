@@ -1,5 +1,6 @@
-//! Questions that a host asks another beside a migration, each on a control channel of its own: which CPU it gives to guests, and
-//! whether a guest could come. Nothing is changed by them. Which links a host has is asked by `probe`.
+//! Questions that a host asks another beside a migration, each on a control channel of its own: which CPU it gives to guests,
+//! whether a guest could come, and whether a guest that was to come was ever released. A source's question about a guest that it has
+//! released is `driver::ask_verdict`; which links a host has is asked by `probe`.
 
 use crate::control::ControlError;
 use crate::{ConnectError, Link};
@@ -7,7 +8,8 @@ use limosa_proto::cpu::CpuProfile;
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::code::Code;
-use limosa_proto::wire::message::{Message, Reason, VmDescription};
+use limosa_proto::wire::frame::ControlHeader;
+use limosa_proto::wire::message::{Message, Reason, ReleasedAnswer, VmDescription};
 use std::time::Duration;
 
 /// A host that answers slower than this does not answer. It may have to start a VMM first, to learn what its CPU is.
@@ -65,6 +67,7 @@ impl AskError {
 
 const CPU: &str = "which CPU it gives to guests";
 const CHECK: &str = "whether the guest could come";
+const RELEASED: &str = "whether it released the guest";
 
 /// The CPU that the host at the other end of `link` can give to guests; empty if it cannot tell.
 ///
@@ -89,6 +92,20 @@ pub async fn ask_check(link: &dyn Link, vm: &VmDescription, ticket: Option<Ticke
     }
 }
 
+/// Whether the source at the other end of `link` has released this attempt: a destination's question.
+///
+/// # Errors
+/// It cannot be reached, or does not answer; that proves nothing.
+pub async fn ask_released(link: &dyn Link, migration: MigrationId, generation: Generation) -> Result<ReleasedAnswer, AskError> {
+    let (header, answer) = ask_about(link, RELEASED, migration, generation, None, &Message::ReleasedAsk).await?;
+    let foreign = |words| AskError::Answer { host: link.destination(), what: RELEASED, words };
+    header.expect(migration, generation).map_err(|error| foreign(format!("answered for another: {error}")))?;
+    match answer {
+        Message::Released(answer) => Ok(answer),
+        other => Err(strange(link, RELEASED, &other)),
+    }
+}
+
 fn strange(link: &dyn Link, what: &'static str, answer: &Message) -> AskError {
     let words = match answer {
         Message::Abort { words, .. } => format!("said: {words}"),
@@ -98,13 +115,24 @@ fn strange(link: &dyn Link, what: &'static str, answer: &Message) -> AskError {
 }
 
 async fn ask(link: &dyn Link, what: &'static str, ticket: Option<TicketBytes>, question: &Message) -> Result<Message, AskError> {
+    ask_about(link, what, MigrationId([0; 16]), Generation(0), ticket, question).await.map(|(_, answer)| answer)
+}
+
+async fn ask_about(
+    link: &dyn Link,
+    what: &'static str,
+    migration: MigrationId,
+    generation: Generation,
+    ticket: Option<TicketBytes>,
+    question: &Message,
+) -> Result<(ControlHeader, Message), AskError> {
     let lost = |error| AskError::Control { host: link.destination(), what, error };
     let mut control = link.control().await?;
     for message in ticket.map(Message::Ticket).iter().chain([question]) {
-        control.send(MigrationId([0; 16]), Generation(0), message).map_err(lost)?;
+        control.send(migration, generation, message).map_err(lost)?;
     }
     match tokio::time::timeout(ANSWER_MAX, control.receive()).await {
-        Ok(Ok((_, answer))) => Ok(answer),
+        Ok(Ok(answered)) => Ok(answered),
         Ok(Err(error)) => Err(lost(error)),
         Err(_) => Err(AskError::Silent { host: link.destination(), what }),
     }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// Messages parsed ahead of the driver; more wait in the socket.
-const RECEIVED_MAX: usize = 32;
+const RECEIVED_MAX: usize = 8;
 /// Bytes that may wait to be sent: all records of the largest guest, and then some.
 const QUEUED_BYTES_MAX: usize = limosa_proto::record::STATE_BYTES_MAX + (8 << 20);
 /// Bytes that one write takes from the queue.

@@ -100,6 +100,8 @@ points! {
     DestinationSaysVerdict "destination-says-verdict"
     DestinationRecoveryPluggedIn "destination-recovery-plugged-in"
     DestinationRecoveryWaits "destination-recovery-waits"
+    DestinationRecoveryAsks "destination-recovery-asks"
+    DestinationRecoveryHears "destination-recovery-hears"
     DestinationRecoveryAsked "destination-recovery-asked"
     DestinationRecoveryTookUp "destination-recovery-took-up"
     DestinationRecoveryWritten "destination-recovery-written"

@@ -13,7 +13,7 @@ use limosa_proto::record::Record;
 use limosa_proto::state::DestinationState;
 use limosa_proto::ticket::TicketBytes;
 use limosa_proto::wire::frame::ControlHeader;
-use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, ReleasedAnswer, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -206,6 +206,9 @@ pub trait Hosting: Send + Sync + 'static {
     /// Somebody would like to command this host. Must not block. Without an answer of its own a host obeys nobody.
     fn commands(&self, _caller: Caller, _channel: CommandChannel) {}
 
+    /// A guest was not let in: what [`Hosting::incoming`] refused, or what there was no room for. Must not block.
+    fn refused(&self, _peer: &Peer, _header: &ControlHeader, _hello: &Hello, _refusal: &Refusal) {}
+
     /// Which links this host offers to `peer`, and why not the others. Must not block.
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         Vec::new()
@@ -226,4 +229,10 @@ pub trait Hosting: Send + Sync + 'static {
     /// A source in doubt asks about a migration that no driver here carries any more. `released`: it is as good as Commit;
     /// otherwise the source asks for the guest back. What is answered must be durable. May block.
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer;
+
+    /// A destination asks whether an attempt that left this host was ever released. What is answered must be durable, and Never
+    /// is for ever. May block.
+    fn released(&self, _peer: &Peer, _migration: MigrationId, _generation: Generation) -> ReleasedAnswer {
+        ReleasedAnswer::Unknown
+    }
 }

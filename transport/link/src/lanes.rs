@@ -5,9 +5,34 @@ use crate::pages::Pages;
 use limosa_proto::memory::PageRange;
 use limosa_proto::wire::offer::MemoryKey;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Lanes that threads of this process work on.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+/// How many lanes are open in this process now, in both directions.
+#[must_use]
+pub fn open_now() -> usize {
+    OPEN.load(Ordering::Relaxed)
+}
+
+/// Counts as an open lane for as long as it lives.
+pub(crate) struct CountedOpen(());
+
+impl CountedOpen {
+    pub(crate) fn new() -> CountedOpen {
+        OPEN.fetch_add(1, Ordering::Relaxed);
+        CountedOpen(())
+    }
+}
+
+impl Drop for CountedOpen {
+    fn drop(&mut self) {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// The sending end of one lane. Calls block; [`LaneCloser::close`] ends them.
 pub trait LaneSender: Send {

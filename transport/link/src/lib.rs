@@ -28,6 +28,7 @@ pub mod quic;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod receiving;
+mod room;
 pub mod secure;
 mod sending;
 pub mod sessions;
@@ -36,7 +37,7 @@ mod tcp;
 pub mod tls;
 
 pub use accept::{Listener, ListenerSettings};
-pub use ask::{AskError, ask_check, ask_cpu};
+pub use ask::{AskError, ask_check, ask_cpu, ask_released};
 pub use commands::{Caller, CommandChannel};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;

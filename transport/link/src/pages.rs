@@ -211,10 +211,16 @@ impl Arrived {
         runs.into_iter().for_each(&mut found);
     }
 
-    pub(crate) fn has_all(&self, range: PageRange) -> bool {
-        let mut all = true;
-        self.masks(range, |word, mask| all &= word.load(Ordering::Relaxed) & mask == mask);
-        all
+    /// The pages of `range` that are not in the set, as runs.
+    pub(crate) fn missing(&self, range: PageRange) -> Vec<PageRange> {
+        let (mut runs, mut next) = (Vec::new(), range.first);
+        let gap = |first: u64, end: u64| (first < end).then_some(PageRange { first, count: end.saturating_sub(first) });
+        self.within(range, |run| {
+            runs.extend(gap(next, run.first));
+            next = run.end();
+        });
+        runs.extend(gap(next, range.end()));
+        runs
     }
 
     fn masks(&self, range: PageRange, mut apply: impl FnMut(&AtomicU64, u64)) {
@@ -236,7 +242,7 @@ impl Arrived {
 const POPULATE_PAGES: u64 = (2 << 20) / PAGE_BYTES;
 
 /// Populates all of `pages`, from the last page to the first: the lanes come from the front, so the two meet once and no
-/// page is touched by both for long. Chunks in `known` (written, or said to be zero) are left out. Stops when `stop` is set.
+/// page is touched by both for long. Pages in `known` (written, or said to be zero) are left out. Stops when `stop` is set.
 /// Returns how many pages it populated.
 pub(crate) fn populate_all(pages: &Arc<dyn Pages>, known: &Arrived, stop: &AtomicBool) -> io::Result<u64> {
     let map = pages.memory_map();
@@ -250,9 +256,9 @@ pub(crate) fn populate_all(pages: &Arc<dyn Pages>, known: &Arrived, stop: &Atomi
             }
             let first = end.saturating_sub(POPULATE_PAGES).max(region.first);
             let chunk = PageRange { first, count: end - first };
-            if !known.has_all(chunk) {
-                pages.populate(chunk)?;
-                populated += chunk.count;
+            for unknown in known.missing(chunk) {
+                pages.populate(unknown)?;
+                populated += unknown.count;
             }
             end = first;
         }
@@ -307,7 +313,14 @@ mod tests {
         let mut found = Vec::new();
         arrived.within(PageRange { first: 0, count: 150 }, |run| found.push(run));
         assert_eq!(found, [PageRange { first: 60, count: 90 }]);
-        assert!(arrived.has_all(PageRange { first: 100, count: 100 }) && !arrived.has_all(PageRange { first: 100, count: 101 }));
+        arrived.insert(PageRange { first: 500, count: 1 });
+        let missing = |first, count| {
+            arrived.missing(PageRange { first, count }).iter().map(|run| (run.first, run.count)).collect::<Vec<_>>()
+        };
+        assert_eq!(missing(100, 100), []);
+        assert_eq!(missing(100, 101), [(200, 1)]);
+        assert_eq!(missing(0, 1000), [(0, 60), (200, 300), (501, 499)]);
+        assert_eq!(missing(300, 10), [(300, 10)]);
     }
 
     #[test]

@@ -2,14 +2,16 @@
 //! Everything in a header is checked against the map and the round before it sizes or touches anything.
 
 use crate::direct::{Exposed, ExposedError, Opener};
-use crate::lanes::{CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words};
+use crate::lanes::{
+    CountedOpen, CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneReceiver, RoundCounts, lane_words,
+};
 use crate::pages::{Arrived, Pages, Populate, populate_all};
 use crate::sending::Tag;
 use limosa_proto::memory::PageRange;
 use limosa_proto::wire::frame::{LANE_HEADER_BYTES, LaneFrameKind, LaneHeader, RUN_BYTES, parse_runs};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ struct Barrier {
     /// Lanes that are through the last barrier and have not told their sources yet.
     telling: usize,
     counts: (u64, u64, u64),
+    /// Contents have begun to come: what the source never touched, it has named before them.
+    begun: bool,
 }
 
 struct Shared {
@@ -40,6 +44,19 @@ struct Shared {
     written: Arrived,
     counters: Arc<LaneCounters>,
     events: LaneEvents,
+}
+
+impl Shared {
+    fn barrier(&self) -> MutexGuard<'_, Barrier> {
+        self.barrier.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when contents begin to come, or when all is over. Earlier, population would give real pages to what the source
+    /// is about to name as never touched.
+    fn wait_begun(&self) {
+        let waits = |barrier: &mut Barrier| !barrier.begun && !self.stop.load(Ordering::Relaxed);
+        drop(self.passed.wait_while(self.barrier(), waits).unwrap_or_else(PoisonError::into_inner));
+    }
 }
 
 /// The guest's memory at the destination while it fills: shared by lanes and population.
@@ -70,7 +87,8 @@ impl ReceiveLanes {
         // A device that takes memory in gives it real pages too; what it never takes in stays free.
         let populate = if opener.is_some() { Populate::No } else { populate };
         let (known, written) = (Arrived::new(pages.memory_map()), Arrived::new(pages.memory_map()));
-        let barrier = Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, telling: 0, counts: (0, 0, 0) });
+        let barrier =
+            Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, telling: 0, counts: (0, 0, 0), begun: false });
         let (passed, stop) = (Condvar::new(), AtomicBool::new(false));
         let shared = Arc::new(Shared { pages, tag, barrier, passed, stop, known, written, counters, events });
         let mut this =
@@ -84,6 +102,7 @@ impl ReceiveLanes {
             Populate::Beside => {
                 let populating = std::thread::Builder::new().name("populate".into()).spawn(move || {
                     let _meter = CpuMeter::new(&shared.counters.cpu_ns);
+                    shared.wait_begun();
                     // Without it the lanes pay for the first touch themselves: slower, not wrong.
                     if let Err(error) = populate_all(&shared.pages, &shared.known, &shared.stop) {
                         tracing::warn!(%error, "guest memory could not be populated ahead of its pages");
@@ -100,7 +119,8 @@ impl ReceiveLanes {
         self.closers.push(lane.closer()?);
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name(format!("lane-in-{number}")).spawn(move || {
-            let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0 };
+            let _open = CountedOpen::new();
+            let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0, begun: false };
             if let Err(error) = lane.work()
                 && !shared.stop.load(Ordering::Relaxed)
             {
@@ -133,7 +153,7 @@ impl ReceiveLanes {
 
     /// Says how many lanes there will be.
     pub(crate) fn expect(&self, lanes: usize) {
-        self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner).lanes = lanes;
+        self.shared.barrier().lanes = lanes;
     }
 
     /// How many lanes have joined.
@@ -145,7 +165,7 @@ impl ReceiveLanes {
     /// contents, is only told to stop.
     pub(crate) fn end(&mut self) {
         {
-            let barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+            let barrier = self.shared.barrier();
             let told = self.shared.passed.wait_timeout_while(barrier, TELL_MAX, |barrier| barrier.telling > 0);
             let _barrier = told.unwrap_or_else(PoisonError::into_inner);
             self.shared.stop.store(true, Ordering::Relaxed);
@@ -182,6 +202,8 @@ struct Lane<'a> {
     counts: (u64, u64),
     /// Bytes on the wire that were reported.
     bytes: u64,
+    /// Whether it has said that contents come.
+    begun: bool,
 }
 
 impl Lane<'_> {
@@ -192,6 +214,11 @@ impl Lane<'_> {
             self.lane.head(&mut head)?;
             let header = LaneHeader::parse(&head).map_err(|error| violation(error.to_string()))?;
             self.check(&header)?;
+            if header.kind != LaneFrameKind::Zero && !self.begun {
+                self.begun = true;
+                self.shared.barrier().begun = true;
+                self.shared.passed.notify_all();
+            }
             match header.kind {
                 LaneFrameKind::Pages => self.pages(&header)?,
                 LaneFrameKind::Zero => self.zero(&header)?,
@@ -270,7 +297,7 @@ impl Lane<'_> {
     /// Waits until every lane has all of this round; false if the migration ended meanwhile.
     fn meet(&mut self) -> bool {
         let shared = self.shared;
-        let mut barrier = shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut barrier = shared.barrier();
         barrier.counts.0 += self.counts.0;
         barrier.counts.1 += self.counts.1;
         self.counts = (0, 0);
@@ -284,7 +311,7 @@ impl Lane<'_> {
                 bytes_on_wire: bytes - barrier.counts.2,
             };
             let (lanes, round) = (barrier.lanes, barrier.round.saturating_add(1));
-            *barrier = Barrier { lanes, round, waiting: 0, telling: lanes, counts: (0, 0, bytes) };
+            *barrier = Barrier { lanes, round, waiting: 0, telling: lanes, counts: (0, 0, bytes), begun: true };
             let _ = shared.events.send(LaneEvent::Round(counts));
             shared.passed.notify_all();
         }
@@ -302,7 +329,7 @@ impl Lane<'_> {
     /// to be ended: a source whose lane waits for it would take the end for a loss.
     fn tell(&mut self, round: u32) -> io::Result<()> {
         let told = self.lane.passed(round);
-        let mut barrier = self.shared.barrier.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut barrier = self.shared.barrier();
         barrier.telling = barrier.telling.saturating_sub(1);
         drop(barrier);
         self.shared.passed.notify_all();

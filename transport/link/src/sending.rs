@@ -1,7 +1,9 @@
 //! The source's lane threads: they take runs of pages from one shared queue, leave out zeros, and build frames.
 //! The queue is the bitmap of the round and a cursor, so nothing is listed and the last round is spread over all lanes.
 
-use crate::lanes::{Cap, CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneSender, RoundCounts, lane_words};
+use crate::lanes::{
+    Cap, CountedOpen, CpuMeter, LaneCloser, LaneCounters, LaneEvent, LaneEvents, LaneSender, RoundCounts, lane_words,
+};
 use crate::pages::{Pages, by_region, next_runs};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::identity::{Generation, MigrationId};
@@ -136,8 +138,10 @@ impl SendLanes {
         for (number, lane) in lanes.into_iter().enumerate() {
             let shared = started.shared.clone();
             let number = u16::try_from(number).unwrap_or(u16::MAX);
-            let thread =
-                std::thread::Builder::new().name(format!("lane-out-{number}")).spawn(move || Lane::run(lane, number, &shared))?;
+            let thread = std::thread::Builder::new().name(format!("lane-out-{number}")).spawn(move || {
+                let _open = CountedOpen::new();
+                Lane::run(lane, number, &shared);
+            })?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -306,6 +310,10 @@ impl<'a> Lane<'a> {
                     }
                 });
                 result?;
+            }
+            if holes {
+                // At once: the destination gives memory to whatever it has not heard of when contents begin to come.
+                self.flush_zero()?;
             }
         }
         self.flush_data()?;

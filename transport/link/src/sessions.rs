@@ -6,6 +6,7 @@ use crate::control::ControlError;
 use crate::direct::Fabric;
 use crate::host::{Hosting, Peer};
 use crate::lanes::LaneReceiver;
+use crate::room::{Share, Shares};
 use crate::{Control, destination, probe};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::ticket::TicketBytes;
@@ -21,6 +22,8 @@ use tokio::sync::{mpsc, watch};
 
 /// Bytes of the answer to a lane's preamble: "LMSK", the code (0 is "come in"), two zeros.
 pub const LANE_ANSWER_BYTES: usize = 8;
+/// Control channels of one host that have begun no migration: it may ask as much at once, so that none holds what others need.
+const ASKING_OF_ONE_MAX: usize = 16;
 const LANE_ANSWER_MAGIC: [u8; 4] = *b"LMSK";
 /// A new control channel must say its first words within this time.
 pub(crate) const FIRST_WORDS_MAX: Duration = Duration::from_secs(5);
@@ -73,6 +76,7 @@ struct Inner {
     hosting: Arc<dyn Hosting>,
     fabric: Option<Arc<dyn Fabric>>,
     incoming_max: usize,
+    asking: Shares,
     open: Mutex<HashMap<(MigrationId, Generation), Entry>>,
     count: watch::Sender<usize>,
 }
@@ -125,7 +129,8 @@ impl Sessions {
     /// As [`Sessions::new`], for a host whose `fabric` lets sources write guest memory directly.
     #[must_use]
     pub fn with_fabric(hosting: Arc<dyn Hosting>, incoming_max: usize, fabric: Option<Arc<dyn Fabric>>) -> Sessions {
-        Sessions(Arc::new(Inner { hosting, fabric, incoming_max, open: Mutex::default(), count: watch::Sender::new(0) }))
+        let (asking, open, count) = (Shares::new(ASKING_OF_ONE_MAX), Mutex::default(), watch::Sender::new(0));
+        Sessions(Arc::new(Inner { hosting, fabric, incoming_max, asking, open, count }))
     }
 
     /// How many migrations are open.
@@ -178,6 +183,9 @@ impl Sessions {
     /// Takes a new control channel, waits for its first message and does what that asks for, in a task of its own.
     pub fn control(&self, peer: Peer, mut control: Control) {
         let sessions = self.clone();
+        let Some(share) = self.0.asking.take(peer.id) else {
+            return tracing::warn!(peer = %peer.id, "a control channel was closed: this host has {ASKING_OF_ONE_MAX} already");
+        };
         tokio::spawn(async move {
             let (ticket, header, message) = match tokio::time::timeout(FIRST_WORDS_MAX, first_words(&mut control)).await {
                 Ok(Ok(first)) => first,
@@ -186,7 +194,7 @@ impl Sessions {
                 }
                 Err(_) => return tracing::info!(peer = %peer.id, "a control channel said nothing"),
             };
-            sessions.first(peer, control, (header, message), ticket).await;
+            sessions.first(peer, control, share, (header, message), ticket).await;
         });
     }
 
@@ -194,6 +202,7 @@ impl Sessions {
         &self,
         peer: Peer,
         control: Control,
+        share: Share,
         (header, message): (ControlHeader, Message),
         ticket: Option<TicketBytes>,
     ) {
@@ -205,8 +214,15 @@ impl Sessions {
                     Ok((place, arrivals, incoming))
                 });
                 match begun {
-                    Ok((place, arrivals, incoming)) => destination::run(place, peer, control, arrivals, incoming, hello).await,
-                    Err(refusal) => say(&control, migration, generation, &Message::Refuse(refusal)),
+                    Ok((place, arrivals, incoming)) => {
+                        // From here on it is one of the migrations that may come in.
+                        drop(share);
+                        destination::run(place, peer, control, arrivals, incoming, hello).await;
+                    }
+                    Err(refusal) => {
+                        self.0.hosting.refused(&peer, &header, &hello, &refusal);
+                        say(&control, migration, generation, &Message::Refuse(refusal));
+                    }
                 }
             }
             Message::VerdictAsk { released } => {
@@ -236,10 +252,14 @@ impl Sessions {
                 let asked = tokio::task::spawn_blocking(move || hosting.check(&peer, &vm, ticket)).await;
                 answer(&control, &header, asked.map(|reasons| Message::Checked(with(reasons, full))));
             }
+            Message::ReleasedAsk => {
+                let hosting = self.0.hosting.clone();
+                let asked = tokio::task::spawn_blocking(move || hosting.released(&peer, migration, generation)).await;
+                answer(&control, &header, asked.map(Message::Released));
+            }
             other => {
                 let name = other.name();
-                let words =
-                    format!("a control channel begins with Hello, VerdictAsk, LinksAsk, CpuAsk or CheckAsk, not with {name}");
+                let words = format!("a control channel begins with Hello or a question, not with {name}");
                 say(&control, migration, generation, &Message::Abort { code: Code::Violation, words });
             }
         }

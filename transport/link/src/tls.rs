@@ -17,8 +17,9 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// Most bytes held for a peer whose key is not known yet.
-pub(crate) const UNAUTHENTICATED_BYTES_MAX: usize = 64 << 10;
+/// Most bytes taken from a peer whose key is not known yet. A whole handshake has less than 2 KiB; buffers that double and rustls's
+/// own copy make at most 64 KiB of it.
+pub(crate) const UNAUTHENTICATED_BYTES_MAX: usize = 16 << 10;
 
 /// The host ids that may talk to us: one set, shared, changed while connections come and go.
 #[derive(Debug, Clone, Default)]
@@ -93,6 +94,13 @@ pub enum TlsError {
     /// The socket failed.
     #[error("the connection failed during the TLS handshake: {0}")]
     Io(#[from] io::Error),
+}
+
+impl TlsError {
+    /// Whether the peer's key is the reason, and not what it sent.
+    pub(crate) fn is_of_the_key(&self) -> bool {
+        matches!(self, TlsError::SourceUntrusted(_) | TlsError::NoHostKey)
+    }
 }
 
 /// The alert `access_denied`: what the other side sends for a key that it does not trust.

@@ -19,10 +19,11 @@ fn busy_guest() -> Arc<Guest> {
     Guest::start(memory, Duration::from_micros(300))
 }
 
-/// Moves a busy guest; how many pages were populated.
-async fn populated(populate: Populate) -> u64 {
+/// Moves a guest over one lane; how many pages were populated.
+async fn populated(guest: Arc<Guest>, populate: Populate) -> u64 {
     let toy = Toy::start(ToySettings { populate, ..ToySettings::default() }).await;
-    let sender = Sender::new(busy_guest());
+    let mut sender = Sender::new(guest);
+    sender.tune = Box::new(|config| config.lanes = 1);
     sender.befriend(&toy);
     let (outcome, report) = sender.migrate(&toy).await;
     assert_moved(&sender, &toy, &outcome);
@@ -33,9 +34,20 @@ async fn populated(populate: Populate) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_is_populated_as_told() {
-    assert_eq!(populated(Populate::Before).await, PAGES);
-    assert!(populated(Populate::Beside).await <= PAGES);
-    assert_eq!(populated(Populate::No).await, 0);
+    assert_eq!(populated(busy_guest(), Populate::Before).await, PAGES);
+    assert!(populated(busy_guest(), Populate::Beside).await <= PAGES);
+    assert_eq!(populated(busy_guest(), Populate::No).await, 0);
+}
+
+/// What its source never touched costs a guest no memory where it arrives, although population starts at that end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn free_memory_is_not_populated() {
+    let memory = ToyMemory::new(PAGES);
+    for page in 0..64 {
+        memory.poke_page(page * 2, |word| page + word + 1);
+    }
+    let guest = Guest::start(memory, Duration::from_secs(60));
+    assert!(populated(guest, Populate::Beside).await < 80, "64 pages and what saving writes are all that is in use");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -119,6 +119,15 @@ pub fn answer(records: &[JournalRecord], migration: MigrationId, generation: Gen
     }
 }
 
+/// Whether `record` may be written behind `records`: an attempt that has ended is never released. So what a source has said of
+/// an end stays true, whatever it was about to do.
+#[must_use]
+pub fn may_follow(records: &[JournalRecord], record: &JournalRecord) -> bool {
+    use JournalRecordKind::{Aborted, Discarded, Released, Running};
+    let mut before = kinds(records, record.migration, record.generation);
+    record.kind != Released || !before.any(|kind| matches!(kind, Aborted | Running | Discarded))
+}
+
 /// The next generation to use for `vm`: one more than any that the journal knows.
 #[must_use]
 pub fn next_generation(records: &[JournalRecord], vm: VmId) -> Generation {
@@ -168,6 +177,18 @@ mod tests {
         assert_eq!(said(&[Discarded]), VerdictAnswer::Discarded);
         assert_eq!(said(&[Ready, Discarded, Running]), VerdictAnswer::Running, "a guest that ran is never given back");
         assert_eq!(said(&[Ready, Discarded, Ready]), VerdictAnswer::Discarded);
+    }
+
+    #[test]
+    fn what_has_ended_is_never_released() {
+        let may = |kinds: &[_], kind| may_follow(&journal(kinds), &JournalRecord { kind, ..journal(&[kind]).swap_remove(0) });
+        assert!(may(&[Started], Released) && may(&[], Released));
+        for end in [Aborted, Running, Discarded] {
+            assert!(!may(&[Started, end], Released), "{end:?}");
+            assert!(may(&[Started, Released], end), "{end:?}");
+        }
+        let stranger = JournalRecord { generation: Generation(9), ..journal(&[Released]).swap_remove(0) };
+        assert!(may_follow(&journal(&[Started, Aborted]), &stranger), "another attempt");
     }
 
     #[test]

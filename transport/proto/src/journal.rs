@@ -89,6 +89,9 @@ pub enum JournalError {
         /// What is wrong with it.
         words: String,
     },
+    /// The attempt has ended, and what ended is never released.
+    #[error("journal {0}: this attempt has ended, and what has ended is never released")]
+    Ended(String),
     /// An earlier write failed and could not be undone.
     #[error("journal {0} cannot be written since an earlier error; restart the agent once the disk is well")]
     Broken(String),
@@ -217,6 +220,9 @@ impl<D: Disk> Journal<D> {
     pub fn append(&mut self, record: &JournalRecord) -> Result<(), JournalError> {
         if self.broken {
             return Err(JournalError::Broken(self.disk.name()));
+        }
+        if !commit::may_follow(&self.records, record) {
+            return Err(JournalError::Ended(self.disk.name()));
         }
         if let Err(error) = self.write(&line_of(&Line::from_record(record))) {
             // A half-written line must not be followed by a good one.

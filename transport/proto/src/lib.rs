@@ -88,6 +88,7 @@ pub mod precopy;
 pub mod progress;
 pub mod record;
 pub mod recovery;
+pub mod release;
 pub mod report;
 pub mod snapshot;
 pub mod source;

@@ -8,10 +8,10 @@
 use crate::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use crate::identity::{Generation, MigrationId};
 use crate::source::ending::MAY_HAVE_RUN;
-use crate::wire::message::VerdictAnswer;
+use crate::wire::message::{ReleasedAnswer, VerdictAnswer};
 use std::time::Duration;
 
-/// First and longest wait between two questions to a destination; each is twice as long as the one before.
+/// First and longest wait between two questions to the other host; each is twice as long as the one before.
 pub const ASK_INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// How long a VMM may take to plug in after a restart of the agent, before it is looked for.
 pub const REPLUG_MAX: Duration = Duration::from_secs(5);
@@ -70,7 +70,7 @@ pub enum AtStart {
     Settle(Note),
     /// Source: the destination is asked until it answers; see [`answered`].
     Ask,
-    /// Destination: the source's word is waited for; see [`asked`], and [`out_of_patience`] when it does not come.
+    /// Destination: the source is asked until it answers, and its word is waited for; see [`out_of_patience`] and [`asked`].
     Wait,
     /// Nothing.
     Nothing,
@@ -132,6 +132,8 @@ pub enum Ended {
     Stayed,
     /// Destination: the guest runs here.
     Came,
+    /// Destination: it was given up, and has surely never run here.
+    GivenUp,
 }
 
 /// The record that is still owed when an engine has ended that could not write it; `records` are those of its attempt. It is
@@ -148,6 +150,7 @@ pub fn owed(records: &[JournalRecord], ended: Ended) -> Option<Note> {
     Some(match ended {
         Ended::Gone | Ended::Came => note(JournalRecordKind::Running, words),
         Ended::Stayed => note(JournalRecordKind::Aborted, words),
+        Ended::GivenUp => note(JournalRecordKind::Discarded, words),
     })
 }
 
@@ -316,7 +319,7 @@ pub fn asked_while_broken(asked: Asked, guest: Option<GuestHere>) -> Asked {
     }
 }
 
-/// What a destination does when the source's word on a guest that was ready has not come in time.
+/// What a destination does about a guest that was ready when the source's word has not come in time, or says Never.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OutOfPatience {
     /// It is settled already.
@@ -331,8 +334,9 @@ pub enum OutOfPatience {
     MayHaveRun(&'static str),
 }
 
-/// What a destination does when the source's word on the attempt has not come in time. `plugged`: there is a connection to
-/// the VMM; `says`: and it tells its state; `lives`: its process lives.
+/// What a destination does when the source's word on the attempt has not come in time, or at once when the source says Never.
+/// `plugged`: there is a connection to the VMM; `says`: and it tells its state; `lives`: its process lives; `said`: what the source
+/// last answered, if it did.
 #[must_use]
 pub fn out_of_patience(
     records: &[JournalRecord],
@@ -341,6 +345,7 @@ pub fn out_of_patience(
     plugged: bool,
     says: Option<Plugged>,
     lives: bool,
+    said: Option<ReleasedAnswer>,
 ) -> OutOfPatience {
     if commit::destination_verdict(records, migration, generation) != DestinationVerdict::Undecided {
         return OutOfPatience::Settled;
@@ -356,10 +361,22 @@ pub fn out_of_patience(
     if says.is_some_and(Plugged::is_taken) {
         return OutOfPatience::Running(note(JournalRecordKind::Running, "its VMM has taken it"));
     }
+    if said == Some(ReleasedAnswer::Never) {
+        // Commit was never said and never will be: the guest has not run here, whatever became of its VMM.
+        return OutOfPatience::Discard(note(JournalRecordKind::Discarded, "the source says that it never released it"));
+    }
     if !plugged {
-        return OutOfPatience::MayHaveRun(
-            "the guest was ready here and its VMM is gone; whether it ran nobody can say, so the source does not get it back by itself",
-        );
+        return OutOfPatience::MayHaveRun(match said {
+            Some(ReleasedAnswer::Released) => {
+                "the source has released the guest, and its VMM here is gone: whether it ran nobody can say, so only a person decides"
+            }
+            _ => {
+                "the guest was to come here and its VMM is gone; whether it ran only the source may know, and it is asked again and again"
+            }
+        });
+    }
+    if said == Some(ReleasedAnswer::Released) {
+        return OutOfPatience::Wait("the source has released the guest: it is not given up, and the source's word is waited for");
     }
     OutOfPatience::Discard(note(JournalRecordKind::Discarded, "the source's word did not come in time"))
 }
@@ -482,6 +499,8 @@ mod tests {
         assert_eq!(owed(&[Started, Released], Ended::Gone), Some(Running));
         assert_eq!(owed(&[Started, Released], Ended::Stayed), Some(Aborted));
         assert_eq!(owed(&[Ready], Ended::Came), Some(Running));
+        assert_eq!(owed(&[Ready], Ended::GivenUp), Some(Discarded));
+        assert_eq!(owed(&[Ready, Running], Ended::GivenUp), None);
         assert_eq!(owed(&[], Ended::Stayed), None, "nothing was promised");
         assert_eq!(owed(&[Started, Released, Running], Ended::Gone), None);
     }
@@ -516,7 +535,11 @@ mod tests {
     #[test]
     fn what_may_run_is_not_given_up() {
         let late = |kinds: &[_], plugged, says, lives| {
-            out_of_patience(&journal(kinds, 7), MIGRATION, Generation(7), plugged, says, lives)
+            // Until the source says Never, or that it has released the guest, its word changes nothing.
+            let found = [None, Some(ReleasedAnswer::Open), Some(ReleasedAnswer::Unknown)]
+                .map(|said| said_late(kinds, plugged, says, lives, said));
+            assert!(found[0] == found[1] && found[1] == found[2], "{found:?}");
+            found[0]
         };
         assert_eq!(late(&[Ready, Running], false, None, false), OutOfPatience::Settled);
         assert!(matches!(late(&[Ready], false, None, true), OutOfPatience::Wait(_)));
@@ -524,5 +547,30 @@ mod tests {
         assert!(matches!(late(&[Ready], true, Some(Plugged::Loaded), true), OutOfPatience::Discard(_)));
         assert!(matches!(late(&[Ready], true, None, true), OutOfPatience::Wait(_)));
         assert!(matches!(late(&[Ready], false, None, false), OutOfPatience::MayHaveRun(_)));
+    }
+
+    fn said_late(
+        kinds: &[JournalRecordKind],
+        plugged: bool,
+        says: Option<Plugged>,
+        lives: bool,
+        said: Option<ReleasedAnswer>,
+    ) -> OutOfPatience {
+        out_of_patience(&journal(kinds, 7), MIGRATION, Generation(7), plugged, says, lives, said)
+    }
+
+    #[test]
+    fn what_was_never_released_is_given_up_and_what_was_is_not() {
+        let never = |kinds: &[_], plugged, says, lives| said_late(kinds, plugged, says, lives, Some(ReleasedAnswer::Never));
+        assert!(matches!(never(&[Ready], false, None, false), OutOfPatience::Discard(Note { kind: Discarded, .. })));
+        assert!(matches!(never(&[Ready], true, Some(Plugged::Loaded), true), OutOfPatience::Discard(_)));
+        assert_eq!(never(&[Ready, Running], false, None, false), OutOfPatience::Settled);
+        assert!(matches!(never(&[Ready], false, None, true), OutOfPatience::Wait(_)), "a VMM that lives may be heard yet");
+        assert!(matches!(never(&[Ready], true, None, true), OutOfPatience::Wait(_)));
+        // Against what its VMM shows, no word counts.
+        assert!(matches!(never(&[Ready], true, Some(Plugged::Running), true), OutOfPatience::Running(_)));
+        let released = |plugged, says| said_late(&[Ready], plugged, says, plugged, Some(ReleasedAnswer::Released));
+        assert!(matches!(released(true, Some(Plugged::Loaded)), OutOfPatience::Wait(_)));
+        assert!(matches!(released(false, None), OutOfPatience::MayHaveRun(_)));
     }
 }

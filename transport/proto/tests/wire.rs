@@ -15,7 +15,7 @@ use limosa_proto::wire::frame::{
 use limosa_proto::wire::limits::MESSAGE_BYTES_MAX;
 use limosa_proto::wire::message::{
     Accept, DestinationReport, DiskDescription, Hello, ImageFormat, Message, NicDescription, Reached, ReadyTimes, Reason,
-    Refusal, RunningTimes, VerdictAnswer, VmDescription,
+    Refusal, ReleasedAnswer, RunningTimes, VerdictAnswer, VmDescription,
 };
 use limosa_proto::wire::offer::{Keys, KeysAsk, LinkAddress, LinkOffer, MemoryKey};
 use proptest::prelude::*;
@@ -130,6 +130,8 @@ fn every_message() -> Vec<Message> {
         Message::Cpu(cpu()),
         Message::CheckAsk(Box::new(hello().vm)),
         Message::Checked(vec![Reason { id: "cpu-feature".to_owned(), words: "avx2".to_owned() }]),
+        Message::ReleasedAsk,
+        Message::Released(ReleasedAnswer::Open),
         Message::Ticket(TicketBytes::of(vec![1, 2, 3])),
     ]
 }
@@ -263,7 +265,7 @@ fn bytes_left_over_and_unknown_kinds_are_errors() {
         body.push(0);
         assert!(Message::parse(message.kind(), &body).is_err(), "{}", message.name());
     }
-    for kind in [0, 28, 65_535] {
+    for kind in [0, 30, 65_535] {
         assert!(matches!(Message::parse(kind, &[]), Err(Malformed::Value { .. })), "{kind}");
     }
     assert!(matches!(Message::parse(9, &vec![0; MESSAGE_BYTES_MAX + 1]), Err(Malformed::TooLarge { .. })));

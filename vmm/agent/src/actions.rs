@@ -2,6 +2,7 @@
 
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
+use crate::audit::{Order, Who};
 use crate::serve::Replies;
 use crate::{announcing, check, cpu, leaving, links, operators, outgoing, pausing, snapshot, tickets, verdict};
 use limosa_announce::Announcer;
@@ -15,8 +16,29 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a cancel waits for its effect.
 const CANCEL_MAX: Duration = Duration::from_secs(1);
 
-/// Carries out `request` of `who`.
-pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies, who: &str) -> Result<Answer, ApiError> {
+/// Carries out `request` of `who`; an order goes on record, and how it ended.
+pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies, who: &Who) -> Result<Answer, ApiError> {
+    let order = agent.audit.order(&request, who);
+    let answer = carry_out(agent, request, replies, &who.by, order.as_ref()).await;
+    if let Some(order) = &order {
+        order.answered(&answer);
+    }
+    answer
+}
+
+async fn carry_out(
+    agent: &Arc<Agent>,
+    request: Request,
+    replies: &Replies,
+    who: &str,
+    order: Option<&Order<'_>>,
+) -> Result<Answer, ApiError> {
+    let follow = async |id: u64| {
+        if let Some(order) = order {
+            order.begun(&agent.jobs, id);
+        }
+        follow(agent, id, replies).await
+    };
     match request {
         Request::VmStart { config } => start(agent, config, replies).await,
         Request::VmList => blocking(agent, |agent| Ok(Answer::Vms(agent.vms.list()))).await,
@@ -32,11 +54,11 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
         Request::VmResume { vm } => blocking(agent, move |agent| pausing::run_on(agent, &vm).map(Answer::Done)).await,
         Request::VmSave { vm, file, keep_running } => {
             let id = snapshot::save::begin(agent, vm, file, keep_running).await?;
-            follow(agent, id, replies).await
+            follow(id).await
         }
         Request::VmRestore { file, paused } => {
             let id = snapshot::restore::begin(agent, file, paused).await?;
-            follow(agent, id, replies).await
+            follow(id).await
         }
         Request::HostId => Ok(Answer::Host(own(agent))),
         Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
@@ -58,13 +80,13 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
                 return leaving::plan(agent, request).await.map(|plan| Answer::Plan(Box::new(plan)));
             }
             let id = outgoing::begin(agent, request).await?;
-            follow(agent, id, replies).await
+            follow(id).await
         }
         Request::Check(request) => Ok(Answer::Check(Box::new(check::check(agent, request).await?))),
         Request::Jobs { watch: false } => Ok(Answer::Jobs(agent.jobs.all())),
         Request::Jobs { watch: true } => watch_all(agent, replies).await,
         Request::Job { id, watch: false } => job(agent, id).map(|job| Answer::Job(Box::new(job))),
-        Request::Job { id, watch: true } => follow(agent, id, replies).await,
+        Request::Job { id, watch: true } => self::follow(agent, id, replies).await,
         Request::Cancel { id } => cancel(agent, id).await.map(Answer::Done),
         Request::Verdict { id, decide } => verdict::verdict(agent, id, decide, who).await.map(Answer::Verdict),
         Request::Announce { vm } => blocking(agent, move |agent| announce(agent, &vm)).await,

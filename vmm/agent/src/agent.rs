@@ -2,12 +2,14 @@
 //! It starts nothing; `run` does.
 
 use crate::api::ApiError;
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::cpu::Learnt;
 use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
 use crate::journal::{self, Journal};
 use crate::links::Links;
+use crate::metrics::Metrics;
 use crate::operators::Operators;
 use crate::tickets::Tickets;
 use crate::vms::Vms;
@@ -18,7 +20,7 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A journal's disk with less room than this takes no migration: some hundred records.
@@ -50,6 +52,8 @@ pub(crate) struct Agent {
     pub(crate) operators: Operators,
     pub(crate) tickets: Tickets,
     pub(crate) cpu: Learnt,
+    pub(crate) audit: Arc<Audit>,
+    pub(crate) metrics: Arc<Metrics>,
     stopping: AtomicBool,
     started: Instant,
 }
@@ -69,7 +73,9 @@ impl Agent {
         directory(&config.state_dir, 0o700)?;
         directory(&config.state_dir.join("vm"), 0o700)?;
         directory(&config.run_dir, 0o755)?;
-        let (journal, warnings) = journal::open(&config.state_dir).map_err(|e| refused(journal_words(&e)))?;
+        let (audit, metrics) = (Arc::new(Audit::open(&config.state_dir)), Arc::new(Metrics::new()));
+        let (journal, warnings) =
+            journal::open(&config.state_dir, metrics.journal_sync()).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
         let operators = Operators::new(config.operators.clone());
@@ -83,10 +89,16 @@ impl Agent {
         let tickets = Tickets::open(&config.state_dir);
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
+        let (log, counters) = (Arc::clone(&audit), Arc::clone(&metrics));
+        jobs.on_end(move |job, bytes| {
+            log.ended(job);
+            counters.ended(job, bytes);
+        });
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
         let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
-        let parts = Agent { config, key, hosts, journal, jobs, vms, links, operators, tickets, cpu, stopping, started };
-        Ok((parts, warnings))
+        #[rustfmt::skip]
+        let agent = Agent { config, key, hosts, journal, jobs, vms, links, operators, tickets, cpu, audit, metrics, stopping, started };
+        Ok((agent, warnings))
     }
 
     /// The journal, for reading.

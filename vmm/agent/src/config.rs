@@ -141,6 +141,8 @@ pub struct Config {
     pub operators: Vec<Operator>,
     /// How tickets are asked for.
     pub tickets: tickets::Settings,
+    /// Where metrics are served; none: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// The program that runs a guest, with its first arguments; empty: `limosa vmm` of this very binary.
     pub vmm_command: Vec<String>,
     /// What is odd, but no error.
@@ -198,6 +200,7 @@ impl Default for Config {
             cpu: Cpu::default(),
             operators: Vec::new(),
             tickets: tickets::Settings::default(),
+            metrics: None,
             vmm_command: Vec::new(),
             warnings: Vec::new(),
         }
@@ -255,6 +258,9 @@ impl Config {
             if let Some(section) = root.section("tickets") {
                 let warning = config.tickets.read(section);
                 config.warnings.extend(warning);
+            }
+            if let Some(section) = root.section("metrics") {
+                config.metrics = crate::metrics::read(section, &mut config.warnings);
             }
             if let Some(mut section) = root.section("vmm") {
                 config.vmm_command = section.strings("command").unwrap_or_default();

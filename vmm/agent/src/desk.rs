@@ -4,6 +4,7 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, Request, Response};
+use crate::audit::Who;
 use crate::operators::Operator;
 use crate::serve::{converse, last};
 use limosa_link::{Caller, CommandChannel};
@@ -78,7 +79,8 @@ pub(crate) fn receive(agent: &Arc<Agent>, caller: Caller, channel: CommandChanne
             Ok(operator) => operator,
             Err(error) => return last(&mut stream, Response::Error(error)).await,
         };
-        let who = format!("operator {} ({}) from {from}", operator.name, OperatorId(caller.id.0));
+        let id = OperatorId(caller.id.0).to_string();
+        let who = Who { by: format!("operator {} ({id}) from {from}", operator.name), operator: Some(id), from };
         let (read, write) = tokio::io::split(stream);
         converse(agent, read, write, &who, Some(remote)).await;
     });

@@ -4,6 +4,8 @@
 use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use crate::asking;
+use crate::audit;
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
 use crate::desk;
@@ -34,7 +36,7 @@ use limosa_proto::ticket::{Action, TicketBytes};
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::ControlHeader;
 use limosa_proto::wire::limits::{REASONS_MAX, WORDS_BYTES_MAX, fit};
-use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, VerdictAnswer, VmDescription};
+use limosa_proto::wire::message::{Hello, Reached, Reason, Refusal, ReleasedAnswer, VerdictAnswer, VmDescription};
 use limosa_proto::wire::offer::LinkOffer;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -74,6 +76,8 @@ impl Hosting for Reception {
         config.peer_silence_max = set.silence_max;
         config.deadlines.ready = set.ready_max;
         let (job, cancel) = agent.jobs.begin(|id| job(id, agent.hosts.shown(peer.id), header, &hello.vm));
+        agent.metrics.incoming(job, &hello.link);
+        agent.audit.incoming(Some(job), record(peer, header, hello, ticket.as_ref()));
         tracing::info!(job, vm = hello.vm.name, from = agent.hosts.shown(peer.id), migration = %header.migration, "a guest wants to come");
         let (progress, seen) = watch::channel(IncomingProgress {
             state: limosa_proto::state::DestinationState::Listening,
@@ -114,6 +118,13 @@ impl Hosting for Reception {
         })
     }
 
+    fn refused(&self, peer: &Peer, header: &ControlHeader, hello: &Hello, refusal: &Refusal) {
+        let agent = &self.0;
+        agent.metrics.refused(refusal.code.id());
+        let id = agent.audit.incoming(None, record(peer, header, hello, None));
+        agent.audit.refused(&id, refusal.code.id(), &refusal.words());
+    }
+
     fn offers(&self, _peer: &Peer) -> Vec<LinkOffer> {
         links::offers(&self.0)
     }
@@ -136,6 +147,27 @@ impl Hosting for Reception {
 
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
         settle::verdict(&self.0, peer.id, migration, generation, released)
+    }
+
+    fn released(&self, peer: &Peer, migration: MigrationId, generation: Generation) -> ReleasedAnswer {
+        asking::answer(&self.0, peer.id, migration, generation)
+    }
+}
+
+/// Who wants to send what, for the record.
+fn record(peer: &Peer, header: &ControlHeader, hello: &Hello, ticket: Option<&TicketBytes>) -> audit::Line {
+    let ticket = ticket.and_then(|bytes| bytes.parse().ok());
+    audit::Line {
+        host: Some(peer.id.to_string()),
+        from: peer.address.map(|address| address.to_string()),
+        link: Some(hello.link.clone()),
+        ticket: ticket.as_ref().map(audit::nonce),
+        operator: ticket.as_ref().map(|ticket| ticket.claims().issuer.to_string()),
+        vm: Some(hello.vm.name.clone()),
+        vm_id: Some(hello.vm.id.to_string()),
+        migration: Some(header.migration.to_string()),
+        generation: Some(header.generation.0),
+        ..audit::Line::default()
     }
 }
 
@@ -177,7 +209,9 @@ async fn show(
     let ending = match ended {
         Ok(DestinationOutcome::Running) => end(JobState::Done, String::new(), None),
         Ok(DestinationOutcome::Refused(refusal)) => {
-            Ending { code: Some(tickets::code_of(&refusal)), ..end(JobState::Refused, refusal.words(), None) }
+            let code = tickets::code_of(&refusal);
+            agent.metrics.refused(refusal.code.id());
+            Ending { code: Some(code), ..end(JobState::Refused, refusal.words(), None) }
         }
         Ok(DestinationOutcome::Discarded { code, words, .. }) => end(JobState::Aborted, words, Some(code)),
         Ok(DestinationOutcome::Stuck { words }) => {

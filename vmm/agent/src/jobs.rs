@@ -7,18 +7,28 @@ use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::report::Report;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 /// Finished jobs that are remembered.
 pub const KEPT_MAX: usize = 200;
 
+/// Told of each job that ends or comes into doubt, with the bytes that were on the wire.
+type OnEnd = Box<dyn Fn(&JobInfo, u64) + Send + Sync>;
+
 /// All jobs; cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Jobs {
     inner: Arc<Mutex<Table>>,
     changed: watch::Sender<u64>,
+    on_end: Arc<OnceLock<OnEnd>>,
+}
+
+impl std::fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Jobs({})", self.lock().jobs.len())
+    }
 }
 
 #[derive(Debug)]
@@ -34,11 +44,13 @@ struct Entry {
     cancel: Cancel,
     /// Held by whoever asks the other host about it.
     asking: Arc<tokio::sync::Mutex<()>>,
+    /// The last end that was told.
+    told: Option<JobState>,
 }
 
 impl Entry {
     fn new(info: JobInfo, cancel: Cancel) -> Entry {
-        Entry { info, cancel, asking: Arc::default() }
+        Entry { info, cancel, asking: Arc::default(), told: None }
     }
 }
 
@@ -79,7 +91,13 @@ impl Jobs {
         }
         let next = jobs.last_key_value().map_or(1, |(last, _)| last + 1);
         let table = Table { directory: directory.to_path_buf(), next, jobs };
-        Ok(Jobs { inner: Arc::new(Mutex::new(table)), changed: watch::Sender::new(0) })
+        Ok(Jobs { inner: Arc::new(Mutex::new(table)), changed: watch::Sender::new(0), on_end: Arc::default() })
+    }
+
+    /// Has `told` hear of each job that ends or comes into doubt.
+    pub(crate) fn on_end(&self, told: impl Fn(&JobInfo, u64) + Send + Sync + 'static) {
+        // Said once, when the agent is made.
+        let _ = self.on_end.set(Box::new(told));
     }
 
     /// Begins a job; gives its number and what cancels it.
@@ -113,7 +131,10 @@ impl Jobs {
     /// Notes a job's end, or that it is in doubt, and keeps an ended one as a file.
     pub fn end(&self, id: u64, ending: Ending) {
         let mut table = self.lock();
+        let mut told = None;
         if let Some(entry) = table.jobs.get_mut(&id) {
+            let is_new = entry.told != Some(ending.state);
+            entry.told = Some(ending.state);
             let info = &mut entry.info;
             info.state = ending.state;
             info.words = ending.words;
@@ -121,15 +142,23 @@ impl Jobs {
             if ending.report.is_some() {
                 info.report = ending.report;
             }
+            let bytes = info.progress.as_ref().map_or(0, |progress| progress.bytes_on_wire);
+            let bytes = info.report.as_ref().map_or(bytes, |report| report.bytes_on_wire);
             if ending.state.ended() {
                 info.progress = None;
                 info.ended_unix_ms = Some(unix_ms());
-                let info = info.clone();
+            }
+            let info = info.clone();
+            if ending.state.ended() {
                 table.keep(&info);
             }
+            told = is_new.then_some((info, bytes));
         }
         drop(table);
         self.tell();
+        if let (Some((info, bytes)), Some(on_end)) = (told, self.on_end.get()) {
+            on_end(&info, bytes);
+        }
     }
 
     /// Asks a job to stop.

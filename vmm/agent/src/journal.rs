@@ -3,9 +3,11 @@
 
 use limosa_proto::journal::{BYTES_MAX, Compaction, Disk, JournalError};
 use nix::fcntl::{Flock, FlockArg};
+use prometheus_client::metrics::histogram::Histogram;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Name of the file in the agent's state directory.
 pub const FILE_NAME: &str = "journal";
@@ -14,12 +16,12 @@ pub const FILE_NAME: &str = "journal";
 pub type Journal = limosa_proto::journal::Journal<JournalFile>;
 
 /// Opens the journal in `directory`, or begins one; this is the only writer then, by a lock on the file. Gives what should
-/// be said about it too.
+/// be said about it too. How long its disk takes is noted in `sync_seconds`.
 ///
 /// # Errors
 /// No access, another writer, or damage before the tail.
-pub fn open(directory: &Path) -> Result<(Journal, Vec<String>), JournalError> {
-    Journal::open(JournalFile::open(directory)?, Compaction::default())
+pub(crate) fn open(directory: &Path, sync_seconds: Histogram) -> Result<(Journal, Vec<String>), JournalError> {
+    Journal::open(JournalFile::open(directory, sync_seconds)?, Compaction::default())
 }
 
 /// The open and locked file.
@@ -29,16 +31,17 @@ pub struct JournalFile {
     file: Flock<File>,
     /// The one that is to take its place.
     beside: Option<Flock<File>>,
+    sync_seconds: Histogram,
 }
 
 impl JournalFile {
-    fn open(directory: &Path) -> Result<JournalFile, JournalError> {
+    fn open(directory: &Path, sync_seconds: Histogram) -> Result<JournalFile, JournalError> {
         let path = directory.join(FILE_NAME);
         let name = path.display().to_string();
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = file.map_err(|cause| JournalError::Io { file: name.clone(), doing: "opening", cause })?;
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| JournalError::Locked(name))?;
-        Ok(JournalFile { directory: directory.to_owned(), file, beside: None })
+        Ok(JournalFile { directory: directory.to_owned(), file, beside: None, sync_seconds })
     }
 
     fn path(&self) -> PathBuf {
@@ -70,7 +73,10 @@ impl Disk for JournalFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_all()
+        let begun = Instant::now();
+        let synced = self.file.sync_all();
+        self.sync_seconds.observe(begun.elapsed().as_secs_f64());
+        synced
     }
 
     fn cut(&mut self, length: u64) -> io::Result<()> {
@@ -110,6 +116,14 @@ mod tests {
     use super::*;
     use limosa_proto::commit::{JournalRecord, JournalRecordKind};
     use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
+
+    fn sync_seconds() -> Histogram {
+        Histogram::new([1.0])
+    }
+
+    fn open(directory: &Path) -> Result<(Journal, Vec<String>), JournalError> {
+        super::open(directory, sync_seconds())
+    }
 
     fn record(kind: JournalRecordKind, migration: u8, generation: u64) -> JournalRecord {
         JournalRecord {
@@ -163,7 +177,7 @@ mod tests {
         }
         drop(journal);
         let compaction = Compaction { above_bytes: 1000, settled_kept: 3 };
-        let (mut journal, _) = Journal::open(JournalFile::open(dir.path()).unwrap(), compaction).unwrap();
+        let (mut journal, _) = Journal::open(JournalFile::open(dir.path(), sync_seconds()).unwrap(), compaction).unwrap();
         assert_eq!(journal.records().len(), 6);
         journal.append(&record(JournalRecordKind::Started, 2, 41)).unwrap();
         assert!(matches!(open(dir.path()), Err(JournalError::Locked(_))), "the new file is locked too");

@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::api::{ApiError, HostReport, LinkInfo, RdmaDevice};
 use crate::hosts::Host;
+use crate::metrics::Door;
 use limosa_link::choose::{OwnRdma, Reach, Wanted};
 use limosa_link::quic::QuicListener;
 use limosa_link::sessions::Sessions;
@@ -70,10 +71,12 @@ pub(crate) fn listen(agent: &Arc<Agent>, hosting: Arc<dyn Hosting>, stop: &Cance
         let listener = Listener::bind(*address, settings(agent), key, trusted, Arc::clone(&allow));
         let listener = listener.map_err(|e| ApiError::refused("listen", format!("agent.listen: {address}: {e}")))?;
         let listener = listener.with_operators(agent.operators.keys());
+        agent.metrics.watch(Door::Tcp(listener.counters()));
         tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
     }
     let quic = bind_quic(agent, &allow).map(|listeners| {
         for listener in listeners {
+            agent.metrics.watch(Door::Quic(listener.counters()));
             tokio::spawn(listener.serve(sessions.clone(), stop.clone()));
         }
     });
@@ -132,6 +135,7 @@ fn bind_rdma(agent: &Agent, allow: &Arc<RwLock<AllowList>>) -> Result<(RdmaListe
     };
     let listener = RdmaListener::bind(SocketAddr::new(any, port), rdma_settings(agent), Arc::clone(allow));
     let listener = listener.map_err(|e| e.to_string())?;
+    agent.metrics.watch(Door::Rdma(listener.counters()));
     let (port, fabric) = (listener.local_address().port(), listener.fabric());
     Ok((RdmaListening { listener }, port, fabric))
 }

@@ -5,7 +5,7 @@ use crate::agent::Agent;
 use crate::api::{ApiError, Direction};
 use crate::config::Config;
 use crate::incoming::Reception;
-use crate::{disks, links, serve, settle, vms};
+use crate::{disks, links, metrics, serve, settle, vms};
 use limosa_link::Cancel;
 use limosa_plug::PlugListener;
 use std::sync::Arc;
@@ -49,7 +49,13 @@ async fn live(agent: &Arc<Agent>) -> Result<(), ApiError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed("SIGINT".into(), e))?;
     let stop = Cancel::new();
     let sessions = links::listen(agent, Arc::new(Reception(Arc::clone(agent))), &stop)?;
+    agent.metrics.watch_sessions(sessions.clone());
     settle::begin(agent);
+    if let Some(address) = agent.config.metrics {
+        let listener =
+            tokio::net::TcpListener::bind(address).await.map_err(|e| failed(format!("metrics.listen: {address}"), e))?;
+        tokio::spawn(metrics::serve(Arc::clone(agent), listener));
+    }
     tokio::spawn(serve::serve(Arc::clone(agent), api));
     tracing::info!(name = agent.config.name, id = %agent.key.id(), "the agent runs");
     // Without systemd there is nobody to tell, and that is fine.

@@ -3,6 +3,7 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, REQUEST_BYTES_MAX, Request, Response};
+use crate::audit::Who;
 use crate::desk::Remote;
 use crate::{actions, verdict};
 use std::io;
@@ -81,10 +82,11 @@ async fn answer(agent: Arc<Agent>, stream: UnixStream) {
     let allowed = user.as_ref().is_ok_and(|uid| *uid == 0 || *uid == nix::unistd::geteuid().as_raw());
     let (read, mut write) = stream.into_split();
     if !allowed {
+        agent.metrics.refused("user");
         let words = format!("user {user:?} may not command this agent");
         return last(&mut write, Response::Error(ApiError::refused("not-allowed", words))).await;
     }
-    converse(agent, read, write, &verdict::who(user.ok()), None).await;
+    converse(agent, read, write, &Who::local(&verdict::who(user.ok())), None).await;
 }
 
 /// Takes one request of `who` and answers it; an operator's only as far as its rules go.
@@ -92,7 +94,7 @@ pub(crate) async fn converse(
     agent: Arc<Agent>,
     read: impl AsyncRead + Unpin,
     mut write: impl AsyncWrite + Unpin,
-    who: &str,
+    who: &Who,
     operator: Option<Remote>,
 ) {
     let mut read = BufReader::new(read);
@@ -102,6 +104,10 @@ pub(crate) async fn converse(
         Err(_) => return,
     };
     if let Some(Err(error)) = operator.as_ref().map(|operator| operator.permits(&request)) {
+        agent.metrics.refused("operator");
+        if let Some(order) = agent.audit.order(&request, who) {
+            order.answered(&Err(error.clone()));
+        }
         return last(&mut write, Response::Error(error)).await;
     }
     let (sender, receiver) = mpsc::channel(LINES_MAX);

@@ -5,6 +5,7 @@
 
 use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
+use crate::asking;
 use crate::jobs::Ending;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
@@ -21,7 +22,7 @@ use limosa_proto::journal::JournalError;
 use limosa_proto::recovery::{
     self, ASK_INTERVAL, Answered, Asked, AtStart, Ended, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX, RETRY,
 };
-use limosa_proto::wire::message::VerdictAnswer;
+use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -55,11 +56,33 @@ pub(crate) fn begin(agent: &Arc<Agent>) {
             }
             AtStart::Wait => {
                 let job = doubtful_job(agent, &last, Direction::Incoming);
+                let ready = Arc::new(Ready { job, record: last, heard: Mutex::default() });
+                tokio::spawn(asking::ask(Arc::clone(agent), Arc::clone(&ready)));
                 let agent = Arc::clone(agent);
-                tokio::task::spawn_blocking(move || wait_for_word(&agent, job, &last));
+                tokio::task::spawn_blocking(move || wait_for_word(&agent, &ready));
             }
             AtStart::Nothing => {}
         }
+    }
+}
+
+/// Destination: a guest that was to come, and of which no engine knows any more.
+pub(crate) struct Ready {
+    pub(crate) job: u64,
+    pub(crate) record: JournalRecord,
+    heard: Mutex<Heard>,
+}
+
+/// What the source last answered.
+#[derive(Default, Clone)]
+struct Heard {
+    said: Option<ReleasedAnswer>,
+    words: String,
+}
+
+impl Ready {
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -265,19 +288,21 @@ pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
 }
 
 /// A VMM that nobody uses has ended. Where the guest surely never ran in it, a source that has released it gets it back.
-pub(crate) fn vmm_ended(agent: &Agent, vm: &Vm) {
+pub(crate) fn vmm_ended(agent: &Arc<Agent>, vm: &Vm) {
     let _one = deciding();
     if vm.may_have_run() {
         return;
     }
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
-    if let Some((of, given_up)) = recovery::vmm_ended_unrun(&records)
-        && note(agent, &of, given_up)
-    {
-        tracing::warn!(vm = vm.name, "the VMM ended before the guest ran here: the guest is given up");
+    let Some((of, given_up)) = recovery::vmm_ended_unrun(&records) else { return };
+    tracing::warn!(vm = vm.name, "the VMM ended before the guest ran here: the guest is given up");
+    if note(agent, &of, given_up) {
         close(agent, &of, given_up);
-        forget_process(agent, vm.id);
+    } else {
+        // Only this agent knows: it is written as soon as it can be.
+        owe(agent, of.migration, of.generation, Ended::GivenUp);
     }
+    forget_process(agent, vm.id);
 }
 
 /// What a VMM says, in the words of the rules.
@@ -363,7 +388,9 @@ pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: Mi
             let records = agent.journal().of(migration, generation);
             match commit::destination_verdict(&records, migration, generation) {
                 DestinationVerdict::Running => return,
-                DestinationVerdict::Undecided => records.iter().take(1).for_each(|ready| give_up(&agent, job, ready)),
+                DestinationVerdict::Undecided => {
+                    records.iter().take(1).for_each(|ready| give_up(&agent, job, ready, &Heard::default()))
+                }
                 // What was not taken back may be found by the next agent, which then needs the VMM.
                 DestinationVerdict::NoRecord if agent.journal().is_broken() => {}
                 DestinationVerdict::NoRecord | DestinationVerdict::Discarded => return end_vm(&agent, vm, false),
@@ -441,7 +468,9 @@ pub(crate) fn verdict(
 }
 
 /// Destination: waits for the source's word on a guest that was ready when the agent ended; then gives it up for good.
-fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
+fn wait_for_word(agent: &Agent, waiting: &Ready) {
+    let Ready { job, record: ready, .. } = waiting;
+    let job = *job;
     failpoints::pass(Some(Point::DestinationRecoveryWaits));
     let until = Instant::now() + agent.config.migration.ready_max.max(REPLUG_MAX);
     loop {
@@ -459,13 +488,37 @@ fn wait_for_word(agent: &Agent, job: u64, ready: &JournalRecord) {
             DestinationVerdict::Undecided | DestinationVerdict::NoRecord => {}
         }
         if Instant::now() > until {
-            give_up(agent, job, ready);
+            let heard = waiting.heard().clone();
+            give_up(agent, job, ready, &heard);
         }
     }
 }
 
-/// The source's word has not come in time: the guest is given up durably, unless it may be running here.
-fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
+/// Destination: the source was asked whether it ever released the guest.
+pub(crate) fn source_said(agent: &Agent, ready: &Ready, said: Result<ReleasedAnswer, String>) {
+    let words = match &said {
+        Ok(answer) => format!("the source says: {}", asking::words(*answer)),
+        Err(words) => format!("the source cannot be asked: {words}"),
+    };
+    let said = said.ok();
+    let heard = {
+        let mut heard = ready.heard();
+        // What was released stays so until it is given back; a source that is silent since has not taken it back.
+        *heard = Heard { said: said.or(heard.said), words: words.clone() };
+        heard.clone()
+    };
+    if said == Some(ReleasedAnswer::Never) {
+        return give_up(agent, ready.job, &ready.record, &heard);
+    }
+    agent.jobs.update(ready.job, |info| {
+        if info.state == JobState::InDoubt {
+            info.words = words;
+        }
+    });
+}
+
+/// The source's word has not come in time, or it says Never: the guest is given up durably, unless it may be running here.
+fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
     let _one = deciding();
     let records = agent.journal().of(ready.migration, ready.generation);
     let vm = agent.vms.with_id(ready.vm);
@@ -475,9 +528,12 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord) {
     }
     let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
     let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
-    match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives) {
+    match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives, heard.said) {
         OutOfPatience::Settled => {}
-        OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => agent.jobs.update(job, |info| info.words = words.into()),
+        OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => {
+            let words = if heard.words.is_empty() { words.to_owned() } else { format!("{words}; {}", heard.words) };
+            agent.jobs.update(job, |info| info.words = words);
+        }
         OutOfPatience::Running(taken) => drop(note(agent, ready, taken)),
         OutOfPatience::Discard(given_up) => {
             failpoints::pass(Some(Point::DestinationRecoveryGivesUp));

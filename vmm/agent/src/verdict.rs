@@ -3,12 +3,13 @@
 
 use crate::agent::Agent;
 use crate::api::{ApiError, Decide, Direction, JobInfo, JobState, VerdictInfo, Whose};
+use crate::asking;
 use crate::settle;
 use crate::vm::{Vm, VmState};
 use limosa_plug::VmState as Plugged;
 use limosa_proto::commit::{self, JournalRecord, JournalRecordKind};
 use limosa_proto::identity::{Generation, MigrationId};
-use limosa_proto::wire::message::VerdictAnswer;
+use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +18,13 @@ const ASK_MAX: Duration = Duration::from_secs(5);
 /// How long a decision may take until it is carried out.
 const CARRY_OUT_MAX: Duration = Duration::from_secs(20);
 
-/// What the destination said, or why it could not be asked.
-type Said = Result<VerdictAnswer, String>;
+/// What the other host said, or why it could not be asked.
+enum Said {
+    /// The destination, to a source.
+    Destination(Result<VerdictAnswer, String>),
+    /// The source, to a destination.
+    Source(Result<ReleasedAnswer, String>),
+}
 
 /// One migration of this host, with what its journal says.
 struct Case {
@@ -42,8 +48,8 @@ pub(crate) async fn verdict(agent: &Arc<Agent>, id: u64, decide: Option<Decide>,
     let asking = agent.jobs.asking(id);
     let _alone = tokio::time::timeout(ASK_MAX * 2, asking.lock_owned()).await;
     let case = Case::of(agent, id)?;
-    let said = match case.doubtful_source() {
-        Some(released) => Some(ask(agent, released).await),
+    let said = match case.doubtful() {
+        Some(record) => Some(ask(agent, &case.info, record).await),
         None => None,
     };
     if let Some(decide) = decide {
@@ -71,11 +77,14 @@ fn admissible(info: &JobInfo, decide: &Decide) -> Result<(), ApiError> {
     Ok(())
 }
 
-async fn ask(agent: &Arc<Agent>, released: &JournalRecord) -> Said {
-    match tokio::time::timeout(ASK_MAX, settle::given_up_and_asked(agent, released)).await {
-        Ok(said) => said,
-        Err(_) => Err(format!("the destination did not answer within {} s", ASK_MAX.as_secs())),
+async fn ask(agent: &Arc<Agent>, info: &JobInfo, record: &JournalRecord) -> Said {
+    let late = |who: &str| format!("the {who} did not answer within {} s", ASK_MAX.as_secs());
+    if info.direction == Direction::Outgoing {
+        let said = tokio::time::timeout(ASK_MAX, settle::given_up_and_asked(agent, record)).await;
+        return Said::Destination(said.unwrap_or_else(|_| Err(late("destination"))));
     }
+    let said = tokio::time::timeout(ASK_MAX, asking::released(agent, record)).await;
+    Said::Source(said.unwrap_or_else(|_| Err(late("source"))))
 }
 
 /// Refuses what contradicts a known fact, and what rests on none.
@@ -83,21 +92,26 @@ fn refuse(case: &Case, said: Option<&Said>, decide: &Decide) -> Result<(), ApiEr
     let contradicts = |words: &str| Err(ApiError::refused("contradicts", words.to_owned()));
     let plugged = case.plugged();
     match (decide.whose, said) {
-        (Whose::Here, Some(Ok(VerdictAnswer::Running))) => return contradicts("the destination says that the guest runs there"),
-        (Whose::Gone, Some(Ok(VerdictAnswer::Discarded))) => {
+        (Whose::Here, Some(Said::Destination(Ok(VerdictAnswer::Running)))) => {
+            return contradicts("the destination says that the guest runs there");
+        }
+        (Whose::Gone, Some(Said::Destination(Ok(VerdictAnswer::Discarded)))) => {
             return contradicts("the destination has given the guest up for good: it is this host's");
         }
-        (Whose::Here, Some(Ok(VerdictAnswer::Pending))) => {
+        (Whose::Here, Some(Said::Destination(Ok(VerdictAnswer::Pending)))) => {
             return contradicts(
                 "the destination still holds the guest and may yet run it; `limosa verdict` there with `--decide gone`",
             );
         }
-        (Whose::Gone, Some(Ok(VerdictAnswer::Pending))) => {
+        (Whose::Gone, Some(Said::Destination(Ok(VerdictAnswer::Pending)))) => {
             return contradicts(
                 "the destination still holds the guest and has not run it; `limosa verdict` there with `--decide here`",
             );
         }
-        (Whose::Gone, None) if matches!(plugged, Some(Plugged::Running | Plugged::Paused)) => {
+        (Whose::Here, Some(Said::Source(Ok(ReleasedAnswer::Never)))) => {
+            return contradicts("the source says that it never released the guest: it is the source's");
+        }
+        (Whose::Gone, Some(Said::Source(_)) | None) if matches!(plugged, Some(Plugged::Running | Plugged::Paused)) => {
             return contradicts("the guest's VMM here has taken it: it is this host's");
         }
         _ => {}
@@ -112,16 +126,20 @@ fn refuse(case: &Case, said: Option<&Said>, decide: &Decide) -> Result<(), ApiEr
     }
     let known = matches!(
         (decide.whose, said),
-        (Whose::Here, Some(Ok(VerdictAnswer::Discarded))) | (Whose::Gone, Some(Ok(VerdictAnswer::Running)))
+        (Whose::Here, Some(Said::Destination(Ok(VerdictAnswer::Discarded))))
+            | (Whose::Gone, Some(Said::Destination(Ok(VerdictAnswer::Running))) | Some(Said::Source(Ok(ReleasedAnswer::Never))))
     );
     if known || decide.looked {
         return Ok(());
     }
     let why = match said {
-        Some(Ok(VerdictAnswer::MayHaveRun)) => "the destination cannot tell whether the guest ran there".to_owned(),
-        Some(Ok(_)) => "the destination has no record of this migration".to_owned(),
-        Some(Err(words)) => words.clone(),
-        None => "the source cannot be asked from here".to_owned(),
+        Some(Said::Destination(Ok(VerdictAnswer::MayHaveRun))) => {
+            "the destination cannot tell whether the guest ran there".to_owned()
+        }
+        Some(Said::Destination(Ok(_))) => "the destination has no record of this migration".to_owned(),
+        Some(Said::Source(Ok(answer))) => format!("the source says: {}", asking::words(*answer)),
+        Some(Said::Destination(Err(words)) | Said::Source(Err(words))) => words.clone(),
+        None => "the other host was not asked".to_owned(),
     };
     let words = format!(
         "{why}: only a person can know what the other host does. Look there, make sure of it (for `here`: that it does not run \
@@ -192,10 +210,9 @@ impl Case {
         Ok(Case { info, records, vm, lives })
     }
 
-    /// The last record of a source that is in doubt.
-    fn doubtful_source(&self) -> Option<&JournalRecord> {
-        let doubtful = self.info.direction == Direction::Outgoing && self.info.state == JobState::InDoubt;
-        self.records.last().filter(|_| doubtful)
+    /// The last record of this host, where it is in doubt.
+    fn doubtful(&self) -> Option<&JournalRecord> {
+        self.records.last().filter(|_| self.info.state == JobState::InDoubt)
     }
 
     fn plugged(&self) -> Option<Plugged> {
@@ -215,14 +232,17 @@ impl Case {
             (Some(_), None) => "the guest's VMM here lives and does not answer".to_owned(),
         };
         let other = match said {
-            None if self.info.state == JobState::InDoubt => "not asked: a source's word comes by itself".to_owned(),
             None => "not asked: nothing is in doubt".to_owned(),
-            Some(Ok(VerdictAnswer::Running)) => "the destination says: it runs there".to_owned(),
-            Some(Ok(VerdictAnswer::Discarded)) => "the destination says: given up there for good".to_owned(),
-            Some(Ok(VerdictAnswer::Pending)) => "the destination says: not decided there".to_owned(),
-            Some(Ok(VerdictAnswer::MayHaveRun)) => "the destination says: it may have run there, and its VMM is gone".to_owned(),
-            Some(Ok(_)) => "the destination has no record of it, which proves nothing".to_owned(),
-            Some(Err(words)) => format!("the destination cannot be asked: {words}"),
+            Some(Said::Source(Ok(answer))) => format!("the source says: {}", asking::words(*answer)),
+            Some(Said::Source(Err(words))) => format!("the source cannot be asked: {words}"),
+            Some(Said::Destination(Ok(VerdictAnswer::Running))) => "the destination says: it runs there".to_owned(),
+            Some(Said::Destination(Ok(VerdictAnswer::Discarded))) => "the destination says: given up there for good".to_owned(),
+            Some(Said::Destination(Ok(VerdictAnswer::Pending))) => "the destination says: not decided there".to_owned(),
+            Some(Said::Destination(Ok(VerdictAnswer::MayHaveRun))) => {
+                "the destination says: it may have run there, and its VMM is gone".to_owned()
+            }
+            Some(Said::Destination(Ok(_))) => "the destination has no record of it, which proves nothing".to_owned(),
+            Some(Said::Destination(Err(words))) => format!("the destination cannot be asked: {words}"),
         };
         VerdictInfo { job: self.info.id, state: self.info.state, journal, other, vmm, words: self.words().to_owned() }
     }
@@ -233,7 +253,9 @@ impl Case {
         if self.info.direction != Direction::Outgoing {
             return match commit::destination_verdict(&self.records, migration, generation) {
                 commit::DestinationVerdict::NoRecord => "this host never promised to run the guest: it is the source's",
-                commit::DestinationVerdict::Undecided => "the guest is ready here and waits for the source's word",
+                commit::DestinationVerdict::Undecided => {
+                    "the guest was to come here: its VMM, or the source's word, decides whether it did; the source is asked again and again"
+                }
                 commit::DestinationVerdict::Running => "the guest is this host's",
                 commit::DestinationVerdict::Discarded => "this host gave the guest up for good: it is the source's",
             };

@@ -325,7 +325,7 @@ impl Vms {
     }
 
     /// Takes ended VMMs out of the table.
-    fn reap(&self, agent: &Agent) {
+    fn reap(&self, agent: &Arc<Agent>) {
         let guests = self.lock().guests.clone();
         for vm in guests.into_iter().filter(|vm| vm.has_ended()) {
             if vm.is_claimed() {

@@ -65,6 +65,12 @@ pub(crate) enum Command {
         check: bool,
         #[arg(long, hide = true)]
         no_check: bool,
+        /// Fence the agent in: fewer capabilities, seccomp, Landlock, no core dumps (the default)
+        #[arg(long, overrides_with = "no_sandbox")]
+        sandbox: bool,
+        /// Do not: only to find out whether the fences are the trouble
+        #[arg(long, overrides_with = "sandbox")]
+        no_sandbox: bool,
     },
     /// Run one guest (the agent starts this)
     Vmm(VmmArgs),

@@ -5,6 +5,7 @@
 mod args;
 mod commands;
 mod demo;
+mod fence;
 mod output;
 mod plan;
 mod vmm;
@@ -43,7 +44,7 @@ fn run(context: &Context, command: Command) -> Ended {
     };
     local.map_or(Ok(()), |what| context.here_only(what))?;
     match command {
-        Command::Agent { config, check, .. } => commands::agent::run(context, config.as_deref(), check),
+        Command::Agent { config, check, no_sandbox, .. } => commands::agent::run(context, config.as_deref(), check, !no_sandbox),
         Command::Vmm(args) => vmm::run(&args),
         Command::Vm(command) => commands::vm::run(context, command),
         Command::Host(command) => commands::host::run(context, command),

@@ -5,11 +5,12 @@ use super::lane::{ControlWrite, QuicReceiver, Uses, read_error};
 use super::settings::{self, QuicSettings};
 use super::socket::{self, Gate, Socket};
 use super::{LEFT, PROTOCOL, QuicCounters};
-use crate::accept::{ListenerSettings, Sparing};
+use crate::accept::ListenerSettings;
 use crate::control::{Control, Early};
 use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::{HostKey, SPKI_PREFIX};
+use crate::room::{Shares, Sparing, SparingByAddress, Waiting};
 use crate::sessions::{FIRST_WORDS_MAX, Sessions};
 use crate::tls::{self, TlsError, TrustedHosts, Verifier};
 use limosa_proto::allow::AllowList;
@@ -20,7 +21,6 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connecting, Connection, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, TokioRuntime};
 use quinn::{ReadExactError, ValidationTokenConfig, VarInt};
 use rustls::pki_types::CertificateDer;
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -32,6 +32,8 @@ use tokio::sync::oneshot;
 const STREAMS_MAX: u32 = LANES_MAX as u32 + 2;
 /// Connections that may be open at once, all peers together.
 const CONNECTIONS_MAX: usize = 256;
+/// Connections that one known host may have: another's are not crowded out by them.
+const CONNECTIONS_OF_ONE_MAX: usize = CONNECTIONS_MAX / 4;
 /// First packets that wait to be looked at.
 const INCOMING_MAX: usize = 64;
 /// Bytes held for all peers together whose first packet waits.
@@ -55,6 +57,8 @@ struct Door {
     key: HostKey,
     trusted: TrustedHosts,
     gate: Gate,
+    shares: Shares,
+    log: SparingByAddress,
 }
 
 impl QuicListener {
@@ -88,7 +92,16 @@ impl QuicListener {
         let socket = Socket::new(socket::open(address, &quic)?, Some(gate()))?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(settings::endpoint(), Some(base.clone()), socket, runtime)?;
-        let door = Arc::new(Door { settings, quic, base, key, trusted, gate: gate() });
+        let door = Arc::new(Door {
+            settings,
+            quic,
+            base,
+            key,
+            trusted,
+            gate: gate(),
+            shares: Shares::new(CONNECTIONS_OF_ONE_MAX),
+            log: SparingByAddress::default(),
+        });
         Ok(QuicListener { endpoint, door })
     }
 
@@ -109,7 +122,8 @@ impl QuicListener {
     /// Lets in what may come in, until `stop` is cancelled; then nothing new is answered and open migrations go on. The port
     /// is given back when the last of their connections has ended.
     pub async fn serve(self, sessions: Sessions, stop: Cancel) {
-        let mut waiting: VecDeque<(tokio::task::JoinHandle<()>, oneshot::Sender<()>)> = VecDeque::new();
+        let set = &self.door.settings;
+        let mut waiting = Waiting::new(set.unauthenticated_max, set.unauthenticated_of_one_max);
         let mut log = Sparing::default();
         loop {
             let incoming = tokio::select! {
@@ -120,12 +134,9 @@ impl QuicListener {
                     None => return,
                 },
             };
-            let Some(incoming) = self.door.real(incoming, &mut log) else { continue };
-            waiting.retain(|(task, _)| !task.is_finished());
-            if waiting.len() >= self.door.settings.unauthenticated_max
-                && let Some((_, leave)) = waiting.pop_front()
-            {
-                drop(leave);
+            let Some(incoming) = self.door.real(incoming) else { continue };
+            let from = incoming.remote_address().ip();
+            if waiting.make_room(from) {
                 self.door.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             if self.endpoint.open_connections() >= CONNECTIONS_MAX {
@@ -136,8 +147,14 @@ impl QuicListener {
                 continue;
             }
             let (stay, leave) = oneshot::channel();
-            let task = tokio::spawn(self.door.clone().meet(incoming, sessions.clone(), leave));
-            waiting.push_back((task, stay));
+            let (door, sessions) = (self.door.clone(), sessions.clone());
+            let task = tokio::spawn(async move {
+                let counters = door.gate.counters.clone();
+                counters.waiting.fetch_add(1, Ordering::Relaxed);
+                door.meet(incoming, sessions, leave).await;
+                counters.waiting.fetch_sub(1, Ordering::Relaxed);
+            });
+            waiting.add(from, task, stay);
         }
     }
 }
@@ -159,7 +176,7 @@ fn peer_of(connection: &Connection) -> Option<HostId> {
 
 impl Door {
     /// Lets through what comes from an address that is real and allowed. Nothing is kept for what does not.
-    fn real(&self, incoming: Incoming, log: &mut Sparing) -> Option<Incoming> {
+    fn real(&self, incoming: Incoming) -> Option<Incoming> {
         let (from, counters) = (incoming.remote_address(), &self.gate.counters);
         if !incoming.remote_address_validated() {
             counters.retried.fetch_add(1, Ordering::Relaxed);
@@ -169,7 +186,10 @@ impl Door {
         }
         if !self.gate.allows(from.ip()) {
             counters.refused_not_allowed.fetch_add(1, Ordering::Relaxed);
-            log.say(|unsaid| tracing::warn!(%from, unsaid, "a connection was refused: its address is not on the allow-list"));
+            self.log.say(
+                from.ip(),
+                |unsaid| tracing::warn!(%from, unsaid, "a connection was refused: its address is not on the allow-list"),
+            );
             incoming.refuse();
             return None;
         }
@@ -195,26 +215,40 @@ impl Door {
         let connection = match known {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => {
-                counters.not_trusted.fetch_add(1, Ordering::Relaxed);
-                let error = match verifier.seen() {
-                    Some(found) if !self.trusted.contains(found) => TlsError::SourceUntrusted(found).to_string(),
-                    _ => error.to_string(),
+                let (counter, error) = match verifier.seen() {
+                    Some(found) if !self.trusted.contains(found) => {
+                        (&counters.not_trusted, TlsError::SourceUntrusted(found).to_string())
+                    }
+                    _ => (&counters.broken, error.to_string()),
                 };
-                return tracing::warn!(%from, %error, "a connection was refused");
+                counter.fetch_add(1, Ordering::Relaxed);
+                return self.log.say(from.ip(), |unsaid| tracing::warn!(%from, %error, unsaid, "a connection was refused"));
             }
             Err(_) => {
-                counters.crowded_out.fetch_add(1, Ordering::Relaxed);
-                return tracing::info!(%from, "a connection did not say who it is in time");
+                counters.too_slow.fetch_add(1, Ordering::Relaxed);
+                let words = "a connection did not say who it is in time";
+                return self.log.say(from.ip(), |unsaid| tracing::info!(%from, unsaid, words));
             }
         };
         let Some(peer) = peer_of(&connection) else {
             counters.not_trusted.fetch_add(1, Ordering::Relaxed);
             return tracing::warn!(%from, "a connection was refused: its peer showed no host key");
         };
+        let Some(share) = self.shares.take(peer) else {
+            counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+            self.log.say(
+                from.ip(),
+                |unsaid| tracing::warn!(%from, %peer, unsaid, "a connection was closed: this host has many already"),
+            );
+            return connection.close(LEFT, b"there are too many connections of this host");
+        };
         // From here on it may hold what lanes need.
         connection.set_receive_window(self.quic.receive_window(STREAMS_MAX));
         connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
-        tokio::spawn(async move { self.keep(connection, peer, sessions).await });
+        tokio::spawn(async move {
+            self.keep(connection, peer, sessions).await;
+            drop(share);
+        });
     }
 
     fn begin(&self, incoming: Incoming) -> Result<(Connecting, Arc<Verifier>), String> {

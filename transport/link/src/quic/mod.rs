@@ -31,10 +31,16 @@ pub struct QuicCounters {
     pub refused_not_allowed: AtomicU64,
     /// Handshakes that were begun: each costs a key exchange and a signature.
     pub handshakes_begun: AtomicU64,
-    /// Closed because of the key or a broken handshake.
+    /// Closed because of the key: it is not trusted, or there is none.
     pub not_trusted: AtomicU64,
-    /// Closed because a newer one needed the room, because time was up, or because there were too many.
+    /// Closed because the handshake was none.
+    pub broken: AtomicU64,
+    /// Closed because a newer one needed the room, or because there were too many.
     pub crowded_out: AtomicU64,
+    /// Closed because time was up.
+    pub too_slow: AtomicU64,
+    /// Peers that have not said who they are, now.
+    pub waiting: AtomicU64,
     /// Received batches dropped before they could reach a connection, because their address is not on the allow-list.
     pub dropped_not_allowed: AtomicU64,
     /// How often a connection went on from another address of its peer.

@@ -249,6 +249,20 @@ pub enum VerdictAnswer {
     MayHaveRun,
 }
 
+/// The source's word on a generation that its destination is in doubt about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ReleasedAnswer {
+    /// It was never released and never will be, or the destination has given it back: the guest is the source's.
+    Never,
+    /// It was released: the destination must not give it up on this word.
+    Released,
+    /// Neither: ask again.
+    Open,
+    /// The source has no record of this migration and generation with this destination. That proves nothing.
+    Unknown,
+}
+
 /// A message of the control channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -338,6 +352,10 @@ pub enum Message {
     CheckAsk(Box<VmDescription>),
     /// Destination: not for these reasons; none if it could.
     Checked(Vec<Reason>),
+    /// Destination, first on a new connection to the source: was it released?
+    ReleasedAsk,
+    /// Source: this.
+    Released(ReleasedAnswer),
     /// Source, first on a new connection, before Hello or CheckAsk: an operator's word that it may.
     Ticket(TicketBytes),
 }
@@ -447,7 +465,9 @@ impl Message {
             Message::Cpu(_) => 24,
             Message::CheckAsk(_) => 25,
             Message::Checked(_) => 26,
-            Message::Ticket(_) => 27,
+            Message::ReleasedAsk => 27,
+            Message::Released(_) => 28,
+            Message::Ticket(_) => 29,
         }
     }
 
@@ -460,7 +480,7 @@ impl Message {
     /// The name of a kind.
     #[must_use]
     pub fn name_of(kind: u16) -> &'static str {
-        const NAMES: [&str; 28] = [
+        const NAMES: [&str; 30] = [
             "unknown",
             "Hello",
             "Accept",
@@ -488,6 +508,8 @@ impl Message {
             "Cpu",
             "CheckAsk",
             "Checked",
+            "ReleasedAsk",
+            "Released",
             "Ticket",
         ];
         NAMES.get(usize::from(kind)).copied().unwrap_or("unknown")
@@ -536,7 +558,9 @@ impl Message {
             24 => Message::Cpu(decode(what, body)?),
             25 => Message::CheckAsk(Box::new(decode(what, body)?)),
             26 => Message::Checked(decode::<body::Checked>(what, body)?.0),
-            27 => Message::Ticket(decode(what, body)?),
+            27 => decode(what, body).map(|()| Message::ReleasedAsk)?,
+            28 => Message::Released(decode(what, body)?),
+            29 => Message::Ticket(decode(what, body)?),
             other => return Err(Malformed::Value { what: "the kind of a control message", found: other.into() }),
         })
     }
@@ -558,7 +582,7 @@ impl Message {
                 encode(what, &body::End { count: *count, bytes: *bytes, last_round: *last_round, paused: *paused })?
             }
             Message::Ready(body) => encode(what, body)?,
-            Message::Commit | Message::LinksAsk | Message::CpuAsk => Vec::new(),
+            Message::Commit | Message::LinksAsk | Message::CpuAsk | Message::ReleasedAsk => Vec::new(),
             Message::Running(body) => encode(what, body)?,
             Message::Finished(body) => encode(what, body)?,
             Message::Abort { code, words } => encode(what, &body::Abort { code: *code, words: words.clone() })?,
@@ -573,6 +597,7 @@ impl Message {
             Message::Cpu(profile) => encode(what, profile)?,
             Message::CheckAsk(vm) => encode(what, vm)?,
             Message::Checked(reasons) => encode(what, &body::Checked(reasons.clone()))?,
+            Message::Released(answer) => encode(what, answer)?,
             Message::Ticket(bytes) => encode(what, bytes)?,
         };
         if body.len() > MESSAGE_BYTES_MAX {

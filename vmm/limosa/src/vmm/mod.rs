@@ -5,7 +5,7 @@ mod build;
 mod console;
 mod cpu;
 mod plugged;
-mod sandbox;
+pub(crate) mod sandbox;
 
 use crate::args::VmmArgs;
 use crate::commands::Ended as Exit;
@@ -16,6 +16,7 @@ use limosa_agent::api::{ApiError, exit};
 use limosa_agent::vm_config::VmConfig;
 use limosa_plug::{Ended, EventSender, ServeOptions, Token, VmState, events, serve};
 use limosa_proto::identity::VmId;
+use nix::sys::resource::{Resource, setrlimit};
 use plugged::{Plugged, Running};
 use ring::rand::SecureRandom as _;
 use std::io::Read as _;
@@ -32,6 +33,9 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
         output::json(&host.told());
         return Ok(exit::DONE);
     }
+    // The agent is not dumpable at all; a VMM stays so, because others on this host look up who holds an image.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)
+        .map_err(|error| ApiError::refused("vmm", format!("core dumps cannot be switched off: {error}")))?;
     let token = token(args.token.as_deref())?;
     let path = args.console.as_deref();
     let console = path.map(|path| {

@@ -95,16 +95,28 @@ pub(super) fn restrict_calls() -> Result<(), String> {
 
 /// What becomes of a call that is not on the list. Where it is tested it ends the process, so that a missing one is noticed; an
 /// operator's guest must not die of one, and is as well fenced in by a refusal.
-fn refusal() -> SeccompAction {
+pub(crate) fn refusal() -> SeccompAction {
     if cfg!(debug_assertions) { SeccompAction::KillProcess } else { SeccompAction::Errno(libc::EPERM as u32) }
 }
 
+fn failed(error: seccompiler::BackendError) -> String {
+    format!("the seccomp filter is wrong: {error}")
+}
+
+/// A filter that does `listed` with the calls of `rules`, and `otherwise` with all others.
+///
+/// # Errors
+/// In words.
+pub(crate) fn compile(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram, String> {
+    let filter = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64).map_err(failed)?;
+    BpfProgram::try_from(filter).map_err(failed)
+}
+
 fn programs(refusal: SeccompAction) -> Result<Vec<BpfProgram>, String> {
-    let failed = |error: seccompiler::BackendError| format!("the seccomp filter is wrong: {error}");
-    let compile = |rules, otherwise, listed| {
-        let filter = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64).map_err(failed)?;
-        BpfProgram::try_from(filter).map_err(failed)
-    };
     // The flags of clone3 are in memory, where a filter cannot see them: without it libc takes clone.
     let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
