@@ -30,12 +30,16 @@ pub const PORT: u16 = 13560;
 pub struct AgentConfig {
     /// CIDRs of `[allow]`.
     pub peers: Vec<String>,
+    /// Other keys of `[allow]`, as TOML writes their values.
+    pub allow: BTreeMap<String, String>,
     /// `[[network]]` name and bridge.
     pub networks: Vec<(String, String)>,
     /// Keys of each `[[network]]` beside these.
     pub network: BTreeMap<String, String>,
     /// Keys of `[migration]`, as TOML writes their values.
     pub migration: BTreeMap<String, String>,
+    /// Where it listens, as TOML has it; none: on the host's own address.
+    pub listen: Option<String>,
     /// Keys of `[agent]` beside the ones that the rig sets.
     pub agent: BTreeMap<String, String>,
     /// Keys of `[quic]`.
@@ -56,9 +60,11 @@ impl Default for AgentConfig {
     fn default() -> AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
+            allow: BTreeMap::new(),
             networks: vec![("lan".into(), "br0".into())],
             network: BTreeMap::new(),
             migration: BTreeMap::from([("link".into(), "\"tcp\"".into())]),
+            listen: None,
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
@@ -118,6 +124,12 @@ impl AgentConfig {
         self
     }
 
+    /// Sets another key of `[allow]`.
+    pub fn allow(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.allow.insert(key.to_owned(), value.to_string());
+        self
+    }
+
     /// Sets the networks.
     pub fn networks(mut self, networks: &[(&str, &str)]) -> AgentConfig {
         self.networks = networks.iter().map(|(n, b)| ((*n).to_owned(), (*b).to_owned())).collect();
@@ -132,12 +144,16 @@ impl AgentConfig {
 
     fn text(&self, host: &Host) -> Result<String> {
         let mut text = String::new();
-        writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{}\"]", host.name, host.address())?;
+        let listen = self.listen.clone().unwrap_or_else(|| format!("{:?}", [host.address().to_string()]));
+        writeln!(text, "[agent]\nname = \"{}\"\nlisten = {listen}", host.name)?;
         writeln!(text, "state_dir = \"{}\"\nrun_dir = \"{}\"", host.state_dir().display(), host.run_dir().display())?;
         for (key, value) in &self.agent {
             writeln!(text, "{key} = {value}")?;
         }
         writeln!(text, "\n[allow]\npeers = {:?}", self.peers)?;
+        for (key, value) in &self.allow {
+            writeln!(text, "{key} = {value}")?;
+        }
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
             for (key, value) in &self.network {
@@ -218,6 +234,12 @@ impl Host {
     pub fn start_agent(&mut self, config: AgentConfig) -> Result<()> {
         self.launch_agent(config)?;
         self.wait_agent()
+    }
+
+    /// Writes the agent's configuration anew, which it takes when it is told to.
+    pub fn rewrite_config(&mut self, config: AgentConfig) -> Result<()> {
+        self.config = config;
+        Ok(std::fs::write(self.file("agent.toml"), self.config.text(self)?)?)
     }
 
     /// Starts the agent and does not wait for it.

@@ -9,6 +9,7 @@
 
 pub mod accept;
 pub mod ask;
+mod ask_key;
 pub mod choose;
 pub mod connect;
 pub mod control;
@@ -27,15 +28,19 @@ pub mod quic;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod receiving;
+pub mod refusals;
 pub mod secure;
 mod sending;
 pub mod sessions;
 mod source;
 mod tcp;
 pub mod tls;
+pub mod trust;
+pub mod ways;
 
 pub use accept::{Listener, ListenerSettings};
 pub use ask::{AskError, ask_check, ask_cpu};
+pub use ask_key::ask_key;
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
 pub use direct::{Exposed, ExposedError, Exposure, Fabric, LaneMemory, RemoteKeys};
@@ -44,7 +49,8 @@ pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, Reaching, So
 pub use key::{HostKey, HostKeyError};
 pub use lanes::{LaneCloser, LaneCounters, LaneReceiver, LaneSender};
 pub use pages::{Pages, Populate};
-pub use tls::TrustedHosts;
+pub use trust::{Distrust, Trust, TrustedHosts};
+pub use ways::Here;
 
 use limosa_proto::wire::frame::LanePreamble;
 use std::future::Future;

@@ -2,8 +2,9 @@
 
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
+use crate::hosts::Host;
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot, verdict};
+use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot, trusting, verdict};
 use limosa_announce::Announcer;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,15 +42,14 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
         Request::HostId => Ok(Answer::Host(own(agent))),
         Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
         Request::HostCpu => blocking(agent, |agent| Ok(Answer::HostCpu(Box::new(cpu::report(agent)?)))).await,
-        Request::HostTrust(info) => trust(agent, &info),
-        Request::HostList => {
-            let info = |host: crate::hosts::Host| HostInfo { name: host.name, id: host.id.to_string(), address: host.address };
-            Ok(Answer::Hosts(agent.hosts.all().into_iter().map(info).collect()))
-        }
-        Request::HostRemove { name } => {
-            agent.hosts.remove(&name).map_err(|e| ApiError::refused("host", e.to_string()))?;
-            Ok(Answer::Done(format!("{name} is not trusted any more")))
-        }
+        Request::HostList => Ok(Answer::Hosts(agent.hosts.all().into_iter().map(Host::info).collect())),
+        Request::HostAsk { address } => trusting::ask(agent, &address).await,
+        Request::HostTrust(info) => blocking(agent, move |agent| trusting::trust(agent, &[info])).await,
+        Request::HostTrustAll(all) => blocking(agent, move |agent| trusting::trust_all(agent, &all)).await,
+        Request::HostRemove { name } => blocking(agent, move |agent| trusting::remove(agent, &name)).await,
+        Request::HostRevoke { which, undo } => blocking(agent, move |agent| trusting::revoke(agent, &which, undo)).await,
+        Request::HostRevoked => Ok(Answer::Keys(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
+        Request::Allow(request) => blocking(agent, move |agent| trusting::allow(agent, request)).await,
         Request::Migrate(request) => {
             if request.plan_only {
                 return leaving::plan(agent, request).await.map(|plan| Answer::Plan(Box::new(plan)));
@@ -122,14 +122,6 @@ async fn blocking(
 fn own(agent: &Agent) -> HostInfo {
     let listen: Vec<String> = agent.config.listen.iter().map(ToString::to_string).collect();
     HostInfo { name: agent.config.name.clone(), id: agent.key.id().to_string(), address: listen.join(", ") }
-}
-
-fn trust(agent: &Agent, info: &HostInfo) -> Result<Answer, ApiError> {
-    if info.id.parse().is_ok_and(|id: limosa_proto::identity::HostId| id == agent.key.id()) {
-        return Err(ApiError::refused("host", "that is this host's own id; run `limosa host id` on the other host"));
-    }
-    let host = agent.hosts.trust(info).map_err(|e| ApiError::refused("host", e.to_string()))?;
-    Ok(Answer::Done(format!("{} at {} is trusted", host.name, host.address)))
 }
 
 fn job(agent: &Agent, id: u64) -> Result<JobInfo, ApiError> {

@@ -8,6 +8,7 @@ use crate::hosts::{Hosts, own_key};
 use crate::jobs::Jobs;
 use crate::journal::{self, Journal};
 use crate::links::Links;
+use crate::rules::Rules;
 use crate::vms::Vms;
 use limosa_link::HostKey;
 use limosa_proto::commit::JournalRecord;
@@ -41,6 +42,7 @@ pub(crate) struct Agent {
     pub(crate) config: Config,
     pub(crate) key: HostKey,
     pub(crate) hosts: Hosts,
+    pub(crate) rules: Rules,
     journal: Mutex<Journal>,
     pub(crate) jobs: Jobs,
     pub(crate) vms: Vms,
@@ -65,14 +67,16 @@ impl Agent {
         directory(&config.state_dir, 0o700)?;
         directory(&config.state_dir.join("vm"), 0o700)?;
         directory(&config.run_dir, 0o755)?;
-        let (journal, warnings) = journal::open(&config.state_dir).map_err(|e| refused(journal_words(&e)))?;
+        let (journal, mut warnings) = journal::open(&config.state_dir).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
+        let (rules, said) = Rules::open(&config).map_err(|e| ApiError::usage("rule", e.to_string()))?;
+        warnings.extend(said);
         let jobs = config.state_dir.join("jobs");
         let jobs = Jobs::open(&jobs).map_err(|e| refused(format!("{}: {e}", jobs.display())))?;
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
         let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
-        Ok((Agent { config, key, hosts, journal, jobs, vms, links, cpu, stopping, started }, warnings))
+        Ok((Agent { config, key, hosts, rules, journal, jobs, vms, links, cpu, stopping, started }, warnings))
     }
 
     /// The journal, for reading.

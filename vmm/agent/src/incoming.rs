@@ -6,6 +6,7 @@ use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
+use crate::cutting::{self, Ends, Other};
 use crate::disks;
 use crate::jobs::Ending;
 use crate::links;
@@ -49,6 +50,14 @@ const HOST_BYTES: u64 = 128 << 20;
 pub(crate) struct Reception(pub(crate) Arc<Agent>);
 
 impl Hosting for Reception {
+    fn admits(&self, peer: &Peer) -> Result<(), Refusal> {
+        match cutting::why_not(&self.0, &of(peer), None) {
+            Some(words) if self.0.hosts.trusted().contains(peer.id) => Err(Refusal::one(Code::NotAllowed, words)),
+            Some(words) => Err(Refusal::one(Code::UnknownHost, words)),
+            None => Ok(()),
+        }
+    }
+
     fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal> {
         let agent = &self.0;
         if agent.is_stopping() {
@@ -65,6 +74,11 @@ impl Hosting for Reception {
         config.peer_silence_max = set.silence_max;
         config.deadlines.ready = set.ready_max;
         let (job, cancel) = agent.jobs.begin(|id| job(id, agent.hosts.shown(peer.id), header, &hello.vm));
+        agent.jobs.with(job, of(peer));
+        // Taken back since it was let in: from here on a change finds the job, before this it is found here.
+        if let Some(words) = cutting::why_not(agent, &of(peer), None) {
+            cancel.cancel(words);
+        }
         tracing::info!(job, vm = hello.vm.name, from = agent.hosts.shown(peer.id), migration = %header.migration, "a guest wants to come");
         let (progress, seen) = watch::channel(IncomingProgress {
             state: limosa_proto::state::DestinationState::Listening,
@@ -112,6 +126,10 @@ impl Hosting for Reception {
     fn verdict(&self, peer: &Peer, migration: MigrationId, generation: Generation, released: bool) -> VerdictAnswer {
         settle::verdict(&self.0, peer.id, migration, generation, released)
     }
+}
+
+fn of(peer: &Peer) -> Other {
+    Other { id: peer.id, ends: Ends::Incoming { peer: peer.address, local: peer.local } }
 }
 
 fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> JobInfo {

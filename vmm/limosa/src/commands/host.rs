@@ -1,9 +1,9 @@
-//! `limosa host id|show|cpu|trust|list|remove`: who this host is, which links and CPU it has, and whom it trusts.
+//! `limosa host …`: who this host is, which links and CPU it has, and whom it trusts. How a host is made trusted is in `trust`.
 
-use super::{Context, Ended, strange};
-use crate::args::HostCommand;
+use super::{Context, Ended, strange, trust};
+use crate::args_who::HostCommand;
 use crate::output;
-use limosa_agent::api::{Answer, HostCpuReport, HostInfo, HostReport, RdmaDevice, Request, exit};
+use limosa_agent::api::{Answer, HostCpuReport, HostReport, RdmaDevice, Request, exit};
 
 pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
     let request = match command {
@@ -11,10 +11,10 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         HostCommand::Show => Request::HostShow,
         HostCommand::Cpu => Request::HostCpu,
         HostCommand::List => Request::HostList,
-        HostCommand::Trust { name, id, address } => {
-            return context.ask_done(&Request::HostTrust(HostInfo { name, id, address }));
-        }
+        HostCommand::Trust(args) => return trust::run(context, args),
         HostCommand::Remove { name } => return context.ask_done(&Request::HostRemove { name }),
+        HostCommand::Revoke { which, undo, .. } => return context.ask_done(&Request::HostRevoke { which, undo }),
+        HostCommand::Revoked => Request::HostRevoked,
     };
     match context.ask(&request)? {
         Answer::Host(host) if context.json => output::json(&host),
@@ -30,6 +30,8 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
             rows.extend(hosts.into_iter().map(|host| vec![host.name, host.address, host.id]));
             output::table(&rows);
         }
+        Answer::Keys(keys) if context.json => output::json(&keys),
+        Answer::Keys(keys) => keys.iter().for_each(output::line),
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)
