@@ -31,12 +31,16 @@ pub const PORT: u16 = 13560;
 pub struct AgentConfig {
     /// CIDRs of `[allow]`.
     pub peers: Vec<String>,
+    /// Other keys of `[allow]`, as TOML writes their values.
+    pub allow: BTreeMap<String, String>,
     /// `[[network]]` name and bridge.
     pub networks: Vec<(String, String)>,
     /// Keys of each `[[network]]` beside these.
     pub network: BTreeMap<String, String>,
     /// Keys of `[migration]`, as TOML writes their values.
     pub migration: BTreeMap<String, String>,
+    /// Where it listens, as TOML has it; none: on the host's own address.
+    pub listen: Option<String>,
     /// Keys of `[agent]` beside the ones that the rig sets.
     pub agent: BTreeMap<String, String>,
     /// Keys of `[quic]`.
@@ -45,8 +49,6 @@ pub struct AgentConfig {
     pub rdma: BTreeMap<String, String>,
     /// Keys of `[storage]`.
     pub storage: BTreeMap<String, String>,
-    /// Where the agent listens, if not on the host's address alone.
-    pub listen: Option<String>,
     /// A folder that the agent and its VMMs see at the place of another: (which, where).
     pub bind: Option<(PathBuf, PathBuf)>,
     /// Keys of `[cpu]`.
@@ -65,14 +67,15 @@ impl Default for AgentConfig {
     fn default() -> AgentConfig {
         AgentConfig {
             peers: vec!["10.77.0.0/24".into()],
+            allow: BTreeMap::new(),
             networks: vec![("lan".into(), "br0".into())],
             network: BTreeMap::new(),
             migration: BTreeMap::from([("link".into(), "\"tcp\"".into())]),
+            listen: None,
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
             storage: BTreeMap::new(),
-            listen: None,
             bind: None,
             cpu: BTreeMap::new(),
             tickets: BTreeMap::new(),
@@ -155,6 +158,12 @@ impl AgentConfig {
         self
     }
 
+    /// Sets another key of `[allow]`.
+    pub fn allow(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.allow.insert(key.to_owned(), value.to_string());
+        self
+    }
+
     /// Sets the networks.
     pub fn networks(mut self, networks: &[(&str, &str)]) -> AgentConfig {
         self.networks = networks.iter().map(|(n, b)| ((*n).to_owned(), (*b).to_owned())).collect();
@@ -169,13 +178,16 @@ impl AgentConfig {
 
     fn text(&self, host: &Host) -> Result<String> {
         let mut text = String::new();
-        let listen = self.listen.clone().unwrap_or_else(|| host.address().to_string());
-        writeln!(text, "[agent]\nname = \"{}\"\nlisten = [\"{listen}\"]", host.name)?;
+        let listen = self.listen.clone().unwrap_or_else(|| format!("{:?}", [host.address().to_string()]));
+        writeln!(text, "[agent]\nname = \"{}\"\nlisten = {listen}", host.name)?;
         writeln!(text, "state_dir = \"{}\"\nrun_dir = \"{}\"", host.state_dir().display(), host.run_dir().display())?;
         for (key, value) in &self.agent {
             writeln!(text, "{key} = {value}")?;
         }
         writeln!(text, "\n[allow]\npeers = {:?}", self.peers)?;
+        for (key, value) in &self.allow {
+            writeln!(text, "{key} = {value}")?;
+        }
         for (name, bridge) in &self.networks {
             writeln!(text, "\n[[network]]\nname = \"{name}\"\nbridge = \"{bridge}\"")?;
             for (key, value) in &self.network {
@@ -262,6 +274,12 @@ impl Host {
     pub fn start_agent(&mut self, config: AgentConfig) -> Result<()> {
         self.launch_agent(config)?;
         self.wait_agent()
+    }
+
+    /// Writes the agent's configuration anew, which it takes when it is told to.
+    pub fn rewrite_config(&mut self, config: AgentConfig) -> Result<()> {
+        self.config = config;
+        Ok(std::fs::write(self.file("agent.toml"), self.config.text(self)?)?)
     }
 
     /// Starts the agent and does not wait for it.

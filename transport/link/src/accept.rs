@@ -8,16 +8,18 @@ use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::HostKey;
 use crate::lanes::LaneReceiver as _;
+use crate::refusals::{self, Port, Why};
 use crate::room::{Sparing, SparingByAddress, Waiting};
 use crate::sessions::{Sessions, emit_lane_answer};
 use crate::tcp::{PlainReceiver, SecureReceiver, set_up, set_up_lane};
 use crate::tls::{self, Secured, TlsError, TrustedHosts};
+use crate::ways::Here;
 use limosa_proto::allow::AllowList;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{LANE_MAGIC, LANE_PREAMBLE_BYTES, LanePreamble};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -35,7 +37,7 @@ const BACKLOG: i32 = 256;
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Settings of the port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenerSettings {
     /// Whether lanes without TLS are let in at all.
     pub plaintext_lanes: bool,
@@ -47,6 +49,8 @@ pub struct ListenerSettings {
     pub handshake_max: Duration,
     /// A peer that acknowledges nothing for this long is lost.
     pub peer_silence_max: Duration,
+    /// The addresses of this host that take migrations.
+    pub here: Here,
 }
 
 impl Default for ListenerSettings {
@@ -58,6 +62,7 @@ impl Default for ListenerSettings {
             unauthenticated_of_one_max: 36,
             handshake_max: Duration::from_secs(5),
             peer_silence_max: limosa_proto::event::PEER_SILENCE_MAX,
+            here: Here::default(),
         }
     }
 }
@@ -165,14 +170,17 @@ impl Listener {
                     }
                 },
             };
-            if !self.allowed(from.ip()) {
+            if let Err((why, words)) = self.allowed(from, stream.local_addr().ok()) {
+                refusals::count(Port::Tcp, why);
                 self.gate.counters.not_allowed.fetch_add(1, Ordering::Relaxed);
-                self.gate.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was closed unread: its address is not on the allow-list"));
+                let gate = &self.gate;
+                gate.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was closed unread: {words}"));
                 // With a reset, so that the other side can tell this from a port that is closed later.
                 let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
                 continue;
             }
             if waiting.make_room(from.ip()) {
+                refusals::count(Port::Tcp, Why::Crowded);
                 self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             let (stay, leave) = oneshot::channel();
@@ -186,8 +194,14 @@ impl Listener {
         }
     }
 
-    fn allowed(&self, address: IpAddr) -> bool {
-        self.allow.read().unwrap_or_else(PoisonError::into_inner).decide(address).allowed
+    fn allowed(&self, from: SocketAddr, local: Option<SocketAddr>) -> Result<(), (Why, &'static str)> {
+        if !self.allow.read().unwrap_or_else(PoisonError::into_inner).decide_socket(from).allowed {
+            return Err((Why::PeerAddress, "its address is not on the allow-list"));
+        }
+        if !self.gate.settings.here.admits(local) {
+            return Err((Why::OwnAddress, "it came to an address of this host that takes no migrations (allow.here)"));
+        }
+        Ok(())
     }
 }
 
@@ -212,6 +226,7 @@ impl Gate {
                 }
             }
             Ok(Err(error)) => {
+                refusals::count(Port::Tcp, error.why());
                 let counters = &self.counters;
                 let counter = if error.is_of_the_key() { &counters.not_trusted } else { &counters.broken };
                 counter.fetch_add(1, Ordering::Relaxed);
@@ -219,6 +234,7 @@ impl Gate {
                 let _ = tokio::time::timeout(FAREWELL, farewell(stream)).await;
             }
             Err(_) => {
+                refusals::count(Port::Tcp, Why::Slow);
                 self.counters.too_slow.fetch_add(1, Ordering::Relaxed);
                 self.log.say(from.ip(), |unsaid| tracing::info!(%from, unsaid, "a connection did not say who it is in time"));
             }
@@ -321,12 +337,13 @@ fn hand_over(known: Known, stream: TcpStream, from: SocketAddr, sessions: &Sessi
                     sessions.lane("tcp", &preamble, Some(peer), Box::new(lane))
                 }
                 Said::Control => {
+                    let local = stream.local_addr().ok();
                     let (read, write) = stream.into_split();
                     let control = Control::new(peer, read, write, Some((sealer, opener)), Early { opened, sealed: early });
                     if operator {
                         tokio::spawn(commands::no_guest(control));
                     } else {
-                        sessions.control(Peer { id: peer, address: Some(from) }, control);
+                        sessions.control(Peer { id: peer, address: Some(from), local }, control);
                     }
                     Ok(())
                 }

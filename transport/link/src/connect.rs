@@ -7,6 +7,7 @@ use crate::lanes::LaneSender;
 use crate::sessions::{LANE_ANSWER_BYTES, parse_lane_answer};
 use crate::tcp::{PlainSender, SecureSender, set_up, set_up_lane};
 use crate::tls::{self, ALERT_ACCESS_DENIED, TlsError, TrustedHosts};
+use crate::ways::{Here, NoWay, Way, source_of, ways};
 use crate::{Answer, Capabilities, Control, LaneMemory, Link};
 use limosa_proto::identity::HostId;
 use limosa_proto::wire::code::Code;
@@ -15,7 +16,7 @@ use limosa_proto::wire::limits::LANES_MAX;
 use socket2::{SockRef, Socket};
 use std::future::Future;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -50,6 +51,16 @@ pub enum ConnectError {
         destination: String,
         /// Our address.
         address: String,
+    },
+    /// No way to it leaves from an address of ours that migrations may use.
+    #[error(
+        "destination {destination} would be reached from {address}, and that address of this host takes no migrations: `limosa allow add --here {address}` here"
+    )]
+    OwnAddress {
+        /// Whom we asked for.
+        destination: String,
+        /// Our address.
+        address: IpAddr,
     },
     /// It does not trust our key.
     #[error("destination {destination} does not trust our key {id}: `limosa host trust {id}` there")]
@@ -122,16 +133,30 @@ impl ConnectError {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            ConnectError::NotAllowed { .. } => Code::NotAllowed,
+            ConnectError::NotAllowed { .. } | ConnectError::OwnAddress { .. } => Code::NotAllowed,
             ConnectError::KeyRefused { .. } => Code::UnknownHost,
             ConnectError::Tls { error, .. } => match error {
-                TlsError::DestinationUntrusted(_) | TlsError::DestinationOther { .. } | TlsError::NoHostKey => Code::UnknownHost,
+                TlsError::DestinationUntrusted(_)
+                | TlsError::DestinationOther { .. }
+                | TlsError::Revoked(_)
+                | TlsError::Expired(_)
+                | TlsError::NoHostKey => Code::UnknownHost,
                 _ => Code::LinkLost,
             },
             ConnectError::LaneRefused { code, .. } | ConnectError::Fabric { code, .. } => *code,
             ConnectError::Crowded { .. } => Code::Busy,
             ConnectError::Timeout { .. } => Code::Timeout,
             ConnectError::Resolve { .. } | ConnectError::Unreachable { .. } | ConnectError::Io { .. } => Code::LinkLost,
+        }
+    }
+}
+
+impl NoWay {
+    /// As the link says it.
+    pub(crate) fn error(self, destination: String) -> ConnectError {
+        match self {
+            NoWay::Resolve(error) => ConnectError::Resolve { destination, error },
+            NoWay::Forbidden(address) => ConnectError::OwnAddress { destination, address },
         }
     }
 }
@@ -146,8 +171,9 @@ pub struct TcpLink {
     silence_max: Duration,
     /// Congestion control of the lanes; the system's where none is named.
     congestion: Option<String>,
-    /// The address that answered: lanes go where the control channel went.
-    answered: Mutex<Option<SocketAddr>>,
+    here: Here,
+    /// The way that was answered: lanes go where the control channel went.
+    answered: Mutex<Option<Way>>,
 }
 
 impl TcpLink {
@@ -155,13 +181,28 @@ impl TcpLink {
     /// nothing for `silence_max` is lost.
     #[must_use]
     pub fn new(destination: String, expected: HostId, key: HostKey, trusted: TrustedHosts, silence_max: Duration) -> TcpLink {
-        TcpLink { destination, expected, key, trusted, silence_max, congestion: None, answered: Mutex::new(None) }
+        TcpLink {
+            destination,
+            expected,
+            key,
+            trusted,
+            silence_max,
+            congestion: None,
+            here: Here::default(),
+            answered: Mutex::new(None),
+        }
     }
 
     /// The same with another congestion control for its lanes ("cubic", "bbr") than the system's.
     #[must_use]
     pub fn with_congestion(self, name: impl Into<String>) -> TcpLink {
         TcpLink { congestion: Some(name.into()), ..self }
+    }
+
+    /// The same from addresses of this host that `here` names.
+    #[must_use]
+    pub fn with_here(self, here: Here) -> TcpLink {
+        TcpLink { here, ..self }
     }
 
     pub(crate) fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> ConnectError + '_ {
@@ -181,23 +222,20 @@ impl TcpLink {
     pub(crate) async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
         let destination = || self.destination.clone();
         let known = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
-        let addresses: Vec<SocketAddr> = match known {
-            Some(address) => vec![address],
-            None => tokio::net::lookup_host(&self.destination)
-                .await
-                .map_err(|error| ConnectError::Resolve { destination: destination(), error })?
-                .collect(),
+        let ways = match known {
+            Some(way) => vec![way],
+            None => ways(&self.destination, &self.here).await.map_err(|none| none.error(destination()))?,
         };
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         let mut not_allowed = None;
-        for address in addresses {
-            match self.stream_to(address, lane).await {
+        for way in ways {
+            match self.stream_to(way, lane).await {
                 Ok(stream) => {
-                    *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
+                    *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(way);
                     return Ok(stream);
                 }
                 // The port accepted and closed before we even saw it open.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => not_allowed = Some(our_address(address)),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => not_allowed = Some(our_address(way.to)),
                 Err(error) => last = error,
             }
         }
@@ -207,7 +245,7 @@ impl TcpLink {
         Err(ConnectError::Unreachable { destination: destination(), error: last })
     }
 
-    async fn stream_to(&self, address: SocketAddr, lane: bool) -> io::Result<TcpStream> {
+    async fn stream_to(&self, Way { to: address, from }: Way, lane: bool) -> io::Result<TcpStream> {
         let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
         set_up(&SockRef::from(&socket), self.silence_max)?;
         if lane {
@@ -215,6 +253,10 @@ impl TcpLink {
             if let Some(name) = &self.congestion {
                 SockRef::from(&socket).set_tcp_congestion(name.as_bytes())?;
             }
+        }
+        if let Some(from) = from {
+            // Whatever becomes of the routes, this is the address that is on the list.
+            socket.bind(SocketAddr::new(from, 0))?;
         }
         match tokio::time::timeout(STEP_MAX, socket.connect(address)).await {
             Ok(stream) => stream,
@@ -295,14 +337,9 @@ impl TcpLink {
     }
 }
 
-/// The address that we have when we speak to `to`. Connecting a datagram socket sends nothing.
+/// The address that we have when we speak to `to`, in words.
 pub(crate) fn our_address(to: SocketAddr) -> String {
-    let any: SocketAddr = if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-    let address = UdpSocket::bind(any).and_then(|socket| {
-        socket.connect(to)?;
-        socket.local_addr()
-    });
-    address.map_or_else(|_| "this host".to_owned(), |address| address.ip().to_string())
+    source_of(to).map_or_else(|| "this host".to_owned(), |address| address.to_string())
 }
 
 impl Link for TcpLink {

@@ -154,6 +154,8 @@ pub struct Peer {
     pub id: HostId,
     /// Its address, where the link has one.
     pub address: Option<SocketAddr>,
+    /// The address of this host that it came to, where the link has one.
+    pub local: Option<SocketAddr>,
 }
 
 /// What a destination's driver is given for one migration.
@@ -190,6 +192,15 @@ pub struct IncomingProgress {
 
 /// What a host decides about what comes in, whatever the link. Shared by all its migrations.
 pub trait Hosting: Send + Sync + 'static {
+    /// Whether a peer that has been let in may still ask for something: what let it in may have been taken back since. Must not
+    /// block.
+    ///
+    /// # Errors
+    /// A refusal that is sent as it is.
+    fn admits(&self, _peer: &Peer) -> Result<(), Refusal> {
+        Ok(())
+    }
+
     /// A trusted peer would like to send this guest, and shows this ticket for it. Must not block: looking closer, at the ticket
     /// too, is [`DestinationHost::check`]'s.
     ///

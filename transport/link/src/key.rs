@@ -8,17 +8,22 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
+use zeroize::Zeroizing;
 
 /// DER of an Ed25519 SubjectPublicKeyInfo up to the 32 bytes of the key (RFC 8410).
 pub(crate) const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 /// Largest key file that is read. An Ed25519 PKCS#8 document is 83 bytes.
 const KEY_FILE_BYTES_MAX: u64 = 4096;
 
-/// A secret Ed25519 key, of a host or of an operator. Its debug output and its errors never show it.
+/// A secret Ed25519 key, of a host, of an operator or of a fleet. Its debug output and its errors never show it, and its bytes
+/// are overwritten when the last clone is dropped. Clones are the same key, also after [`HostKey::become_key`].
 #[derive(Clone)]
-pub struct HostKey {
-    pkcs8: Arc<[u8]>,
+pub struct HostKey(Arc<RwLock<Secret>>);
+
+#[derive(Clone)]
+struct Secret {
+    pkcs8: Arc<Zeroizing<Vec<u8>>>,
     id: HostId,
 }
 
@@ -56,7 +61,7 @@ pub enum HostKeyError {
 
 impl std::fmt::Debug for HostKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "HostKey({})", self.id)
+        write!(f, "HostKey({})", self.id())
     }
 }
 
@@ -91,7 +96,7 @@ impl HostKey {
         if mode & 0o077 != 0 {
             return Err(HostKeyError::Mode { path: shown, mode });
         }
-        let mut bytes = Vec::new();
+        let mut bytes = Zeroizing::new(Vec::with_capacity(KEY_FILE_BYTES_MAX as usize));
         file.take(KEY_FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
         HostKey::parse(&bytes, &shown)
     }
@@ -103,13 +108,23 @@ impl HostKey {
     pub fn save(&self, path: &Path) -> Result<(), HostKeyError> {
         let io = |error| HostKeyError::Io { doing: "write", path: path.display().to_string(), error };
         let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
-        file.write_all(&self.pkcs8).and_then(|()| file.sync_all()).map_err(io)
+        file.write_all(&self.secret().pkcs8).and_then(|()| file.sync_all()).map_err(io)
     }
 
     /// The public half.
     #[must_use]
     pub fn id(&self) -> HostId {
-        self.id
+        self.secret().id
+    }
+
+    /// From now on every clone of this is `other`: what is open goes on with the key that it has, what comes meets the new one.
+    pub fn become_key(&self, other: &HostKey) {
+        let other = other.secret();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = other;
+    }
+
+    fn secret(&self) -> Secret {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Reads `path`, or makes a key there if there is nothing: at the first use.
@@ -134,7 +149,7 @@ impl HostKey {
     /// [`HostKeyError::Format`]; not for a key that was made or loaded.
     pub fn sign(&self, message: &[u8]) -> Result<[u8; 64], HostKeyError> {
         let format = || HostKeyError::Format { from: "the key".into() };
-        let pair = Ed25519KeyPair::from_pkcs8(&self.pkcs8).map_err(|_| format())?;
+        let pair = Ed25519KeyPair::from_pkcs8(&self.secret().pkcs8).map_err(|_| format())?;
         pair.sign(message).as_ref().try_into().map_err(|_| format())
     }
 
@@ -142,13 +157,15 @@ impl HostKey {
         let format = || HostKeyError::Format { from: from.to_owned() };
         let pair = Ed25519KeyPair::from_pkcs8(bytes).map_err(|_| format())?;
         let id = HostId(pair.public_key().as_ref().try_into().map_err(|_| format())?);
-        Ok(HostKey { pkcs8: bytes.into(), id })
+        let pkcs8 = Arc::new(Zeroizing::new(bytes.to_vec()));
+        Ok(HostKey(Arc::new(RwLock::new(Secret { pkcs8, id }))))
     }
 
     pub(crate) fn certified(&self) -> Result<Arc<rustls::sign::CertifiedKey>, TlsError> {
-        let der = PrivatePkcs8KeyDer::from(self.pkcs8.to_vec());
+        let secret = self.secret();
+        let der = PrivatePkcs8KeyDer::from(secret.pkcs8.as_slice());
         let key = rustls::crypto::ring::sign::any_eddsa_type(&der)?;
-        let public = CertificateDer::from([&SPKI_PREFIX[..], &self.id.0].concat());
+        let public = CertificateDer::from([&SPKI_PREFIX[..], &secret.id.0].concat());
         Ok(Arc::new(rustls::sign::CertifiedKey::new(vec![public], key)))
     }
 }
@@ -171,5 +188,20 @@ mod tests {
         assert!(HostKey::load(&path).unwrap_err().to_string().contains("chmod 600"));
         assert!(matches!(HostKey::from_pkcs8(b"nonsense"), Err(HostKeyError::Format { .. })));
         assert_eq!(format!("{key:?}"), format!("HostKey({})", key.id()));
+    }
+
+    #[test]
+    fn a_key_that_becomes_another_does_so_everywhere() {
+        let (key, next) = (HostKey::generate().unwrap(), HostKey::generate().unwrap());
+        let (clone, old) = (key.clone(), key.id());
+        key.become_key(&next);
+        assert_eq!((clone.id(), key.id()), (next.id(), next.id()));
+        assert_ne!(clone.id(), old);
+        let signature = clone.sign(b"words").unwrap();
+        let public = ring::signature::UnparsedPublicKey::new(&ring::signature::ED25519, next.id().0);
+        assert!(public.verify(b"words", &signature).is_ok());
+        // A later change of the other is none of this one.
+        next.become_key(&HostKey::generate().unwrap());
+        assert_ne!(clone.id(), next.id());
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod accept;
 pub mod ask;
+mod ask_key;
 pub mod choose;
 pub mod commands;
 pub mod connect;
@@ -28,6 +29,7 @@ pub mod quic;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod receiving;
+pub mod refusals;
 mod room;
 pub mod secure;
 mod sending;
@@ -35,9 +37,12 @@ pub mod sessions;
 mod source;
 mod tcp;
 pub mod tls;
+pub mod trust;
+pub mod ways;
 
 pub use accept::{Listener, ListenerSettings};
 pub use ask::{AskError, ask_check, ask_cpu, ask_released};
+pub use ask_key::ask_key;
 pub use commands::{Caller, CommandChannel};
 pub use connect::{ConnectError, TcpLink};
 pub use control::Control;
@@ -47,7 +52,8 @@ pub use host::{DestinationHost, HostError, Hosting, Incoming, Peer, Reaching, So
 pub use key::{HostKey, HostKeyError};
 pub use lanes::{LaneCloser, LaneCounters, LaneReceiver, LaneSender};
 pub use pages::{Pages, Populate};
-pub use tls::TrustedHosts;
+pub use trust::{Distrust, Trust, TrustedHosts};
+pub use ways::Here;
 
 use limosa_proto::wire::frame::LanePreamble;
 use std::future::Future;

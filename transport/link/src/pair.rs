@@ -58,7 +58,7 @@ impl PairLink {
             Ok::<_, io::Error>(tokio::net::UnixStream::from_std(stream)?.into_split())
         };
         let ((our_read, our_write), (read, write)) = (split(ours)?, split(theirs)?);
-        let peer = Peer { id: self.source, address: None };
+        let peer = Peer { id: self.source, address: None, local: None };
         self.sessions.control(peer, Control::new(self.source, read, write, None, Early::default()));
         Ok(Control::new(self.destination, our_read, our_write, None, Early::default()))
     }

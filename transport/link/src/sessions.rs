@@ -207,6 +207,14 @@ impl Sessions {
         ticket: Option<TicketBytes>,
     ) {
         let (migration, generation) = (header.migration, header.generation);
+        if let Err(refusal) = self.0.hosting.admits(&peer) {
+            tracing::warn!(peer = %peer.id, words = refusal.words(), "a host was let in and is not any more");
+            let answer = match message {
+                Message::Hello(_) => Message::Refuse(refusal),
+                _ => Message::Abort { code: refusal.code, words: refusal.words() },
+            };
+            return say(&control, migration, generation, &answer);
+        }
         match message {
             Message::Hello(hello) => {
                 let begun = self.place(peer.id, migration, generation).and_then(|(place, arrivals)| {

@@ -2,7 +2,9 @@
 //! The handshake is rustls's; what follows it on the wire is in `secure.rs`. No certificate, no name, no resumption, no 0-RTT.
 
 use crate::key::{HostKey, SPKI_PREFIX};
+use crate::refusals::Why;
 use crate::secure::{Opener, RecordError, Rekey, Sealer};
+pub use crate::trust::{Distrust, TrustedHosts};
 use limosa_proto::identity::HostId;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{AlwaysResolvesClientRawPublicKeys, UnbufferedClientConnection};
@@ -12,46 +14,13 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{AlwaysResolvesServerRawPublicKeys, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
-use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 /// Most bytes taken from a peer whose key is not known yet. A whole handshake has less than 2 KiB; buffers that double and rustls's
 /// own copy make at most 64 KiB of it.
 pub(crate) const UNAUTHENTICATED_BYTES_MAX: usize = 16 << 10;
-
-/// The host ids that may talk to us: one set, shared, changed while connections come and go.
-#[derive(Debug, Clone, Default)]
-pub struct TrustedHosts(Arc<RwLock<BTreeSet<HostId>>>);
-
-impl TrustedHosts {
-    /// A set of `ids`.
-    pub fn new(ids: impl IntoIterator<Item = HostId>) -> TrustedHosts {
-        TrustedHosts(Arc::new(RwLock::new(ids.into_iter().collect())))
-    }
-
-    /// Puts `ids` in place of what was there. Open connections are not looked at again.
-    pub fn replace(&self, ids: impl IntoIterator<Item = HostId>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = ids.into_iter().collect();
-    }
-
-    /// Adds one; false if it was there.
-    pub fn insert(&self, id: HostId) -> bool {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(id)
-    }
-
-    /// Removes one; false if it was not there.
-    pub fn remove(&self, id: HostId) -> bool {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&id)
-    }
-
-    /// Whether `id` is trusted now.
-    #[must_use]
-    pub fn contains(&self, id: HostId) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&id)
-    }
-}
 
 /// Why two hosts could not agree on who they are.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +39,12 @@ pub enum TlsError {
     /// The source's key is not in our trusted set.
     #[error("source's key {0} is not trusted here: `limosa host trust {0}`")]
     SourceUntrusted(HostId),
+    /// The peer's key is revoked here.
+    #[error("the key {0} is revoked here, for good: whoever has it is not let in (`limosa host revoked` shows which are)")]
+    Revoked(HostId),
+    /// The peer's key was trusted here for a time.
+    #[error("the key {0} was trusted here for a time that is over: the host has another one by now, or needs a new statement")]
+    Expired(HostId),
     /// The peer's certificate is no Ed25519 key.
     #[error("the peer showed no Ed25519 host key")]
     NoHostKey,
@@ -99,7 +74,26 @@ pub enum TlsError {
 impl TlsError {
     /// Whether the peer's key is the reason, and not what it sent.
     pub(crate) fn is_of_the_key(&self) -> bool {
-        matches!(self, TlsError::SourceUntrusted(_) | TlsError::NoHostKey)
+        matches!(self.why(), Why::Key | Why::Revoked | Why::Expired)
+    }
+
+    /// Why the key of a peer that connected, or to whom we connected, is refused.
+    pub(crate) fn of(trusted: &TrustedHosts, id: HostId, other: fn(HostId) -> TlsError) -> TlsError {
+        match trusted.why_not(id) {
+            Some(Distrust::Revoked) => TlsError::Revoked(id),
+            Some(Distrust::Expired(_)) => TlsError::Expired(id),
+            Some(Distrust::Unknown) | None => other(id),
+        }
+    }
+
+    /// The reason under which it is counted.
+    pub(crate) fn why(&self) -> Why {
+        match self {
+            TlsError::SourceUntrusted(_) | TlsError::DestinationUntrusted(_) | TlsError::NoHostKey => Why::Key,
+            TlsError::Revoked(_) => Why::Revoked,
+            TlsError::Expired(_) => Why::Expired,
+            _ => Why::Handshake,
+        }
     }
 }
 
@@ -123,7 +117,8 @@ impl Verifier {
             return Err(CertificateError::BadEncoding.into());
         };
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
-        if self.expected.is_some_and(|expected| expected != id) || !self.trusted.iter().any(|set| set.contains(id)) {
+        let other = |expected| !self.trusted.iter().any(|set| set.same_host(expected, id));
+        if self.expected.is_some_and(other) || !self.trusted.iter().any(|set| set.contains(id)) {
             return Err(CertificateError::ApplicationVerificationFailure.into());
         }
         Ok(())
@@ -453,8 +448,8 @@ pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
         drive(stream, |incoming, outgoing| step_to_destination(&mut connection, incoming, outgoing)).await.map_err(|error| {
             let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
             match verifier.seen() {
-                Some(found) if refused && found != expected => TlsError::DestinationOther { expected, found },
-                Some(found) if refused => TlsError::DestinationUntrusted(found),
+                Some(found) if refused && !trusted.same_host(found, expected) => TlsError::DestinationOther { expected, found },
+                Some(found) if refused => TlsError::of(trusted, found, TlsError::DestinationUntrusted),
                 _ => worded(error),
             }
         })?;
@@ -477,7 +472,10 @@ pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         drive(stream, |incoming, outgoing| step_to_source(&mut connection, incoming, outgoing)).await.map_err(|error| {
             let refused = matches!(&error, TlsError::Tls(rustls::Error::InvalidCertificate(_)));
             match verifier.seen() {
-                Some(found) if refused => TlsError::SourceUntrusted(found),
+                Some(found) if refused => {
+                    let known = trusted.iter().find(|set| set.why_not(found) != Some(Distrust::Unknown)).or(trusted.first());
+                    known.map_or(TlsError::SourceUntrusted(found), |set| TlsError::of(set, found, TlsError::SourceUntrusted))
+                }
                 _ => worded(error),
             }
         })?;

@@ -50,7 +50,7 @@ async fn a_stranger_costs_one_task_and_little_memory() {
         ListenerSettings { plaintext_lanes: true, handshake_max: Duration::from_secs(60), ..ListenerSettings::default() };
     assert!(PEERS < listener.unauthenticated_of_one_max);
     for (what, bytes) in beginnings() {
-        let toy = Toy::start(ToySettings { listener, ..ToySettings::default() }).await;
+        let toy = Toy::start(ToySettings { listener: listener.clone(), ..ToySettings::default() }).await;
         let waiting = || toy.counters.waiting.load(Ordering::SeqCst) as usize;
         let settled = async |peers: usize| {
             // Those that were refused at once cost nothing any more.

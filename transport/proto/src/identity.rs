@@ -15,6 +15,10 @@ pub struct HostId(pub [u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct OperatorId(pub [u8; 32]);
 
+/// A fleet's identity: the Ed25519 public key that statements about its hosts are checked with.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FleetId(pub [u8; 32]);
+
 /// What tells a ticket from every other: 16 random bytes chosen when it is made.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Nonce(pub [u8; 16]);
@@ -68,6 +72,7 @@ macro_rules! public_key {
     };
 }
 public_key!(HostId, "host id", "52 letters and digits are needed, as `limosa host id` prints them");
+public_key!(FleetId, "fleet id", "52 letters and digits are needed, as `limosa fleet id` prints them");
 public_key!(OperatorId, "operator id", "52 letters and digits are needed, as `limosa operator id` prints them");
 
 macro_rules! sixteen_bytes {

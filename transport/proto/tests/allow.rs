@@ -1,7 +1,8 @@
 //! The allow-list against a matcher written apart from it, bit by bit: 250 addresses a list, around every rule's edges.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use limosa_proto::allow::AllowList;
+use limosa_proto::allow::{AllowList, Names, NoNames};
+use limosa_proto::here::HereList;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::RngAlgorithm;
@@ -109,13 +110,79 @@ proptest! {
             let told = decision.rule.map(|rule| (rule.position, rule.text.to_owned()));
             prop_assert_eq!(told, first.map(|index| (index + 1, texts[index].clone())), "{} with {:?}", address, &texts);
             prop_assert_eq!(decision.address, address.to_canonical());
-            // The zone of a connection's address is no part of what is compared.
+            // To a rule without a zone, that of a connection's address is nothing.
             if let IpAddr::V6(v6) = address {
                 let socket = SocketAddr::V6(SocketAddrV6::new(v6, 13_560, 0, 7));
-                prop_assert_eq!(list.decide(socket.ip()), decision);
+                prop_assert_eq!(list.decide_socket(socket), decision);
             }
         }
     }
+
+    /// The list of this host's own addresses, with priorities: the smallest number decides, and then the first.
+    #[test]
+    fn the_list_of_this_host_decides_as_the_reference_does(
+        rules in prop::collection::vec((rule(), 0..4_u16), 0..12),
+        random in prop::collection::vec(address(), ADDRESSES..ADDRESSES + 50),
+    ) {
+        let texts: Vec<(String, u16)> = rules.iter().map(|(rule, priority)| (rule.text(), *priority)).collect();
+        // A text that says the same network again decides nothing, whatever its priority: only the first of them is there.
+        let first: Vec<usize> = (0..rules.len()).filter(|at| !rules[..*at].iter().any(|(early, _)| same(*early, rules[*at].0))).collect();
+        let (half, rest) = texts.split_at(texts.len() / 2);
+        let here = HereList::new(half, &NoNames).unwrap().0.and(&HereList::new(rest, &NoNames).unwrap().0);
+        for address in random.into_iter().chain(rules.iter().flat_map(|(rule, _)| around(*rule))) {
+            let best = first.iter().filter(|at| rules[**at].0.fits(address)).min_by_key(|at| (rules[**at].1, **at));
+            let decision = here.decide(SocketAddr::new(address, 1));
+            let told = decision.rule.map(|rule| (rule.position, decision.priority));
+            prop_assert_eq!(told, best.map(|at| (at + 1, rules[*at].1)), "{} with {:?}", address, &texts);
+            prop_assert_eq!(decision.allowed, best.is_some());
+            prop_assert!(HereList::default().decide(SocketAddr::new(address, 1)).allowed);
+        }
+    }
+
+    /// Rules for one interface beside rules for all.
+    #[test]
+    fn zones_decide_as_the_reference_does(
+        rules in prop::collection::vec((any::<u16>(), 10..=128_u8, prop::option::of(1..4_u32)), 0..10),
+        asked in prop::collection::vec((any::<u16>(), 0..5_u32), ADDRESSES..ADDRESSES + 50),
+    ) {
+        let local = |low: u16| Ipv6Addr::from(0xfe80 << 112 | u128::from(low));
+        let texts: Vec<String> = rules.iter().map(|(low, prefix, zone)| {
+            let zone = zone.map_or(String::new(), |zone| format!("%eth{zone}"));
+            format!("{}{zone}/{prefix}", local(*low))
+        }).collect();
+        let (list, _) = AllowList::resolved(&texts, &Interfaces).unwrap();
+        for (low, zone) in asked {
+            let fits = |(own, prefix, on): &(u16, u8, Option<u32>)| {
+                let written = Written { address: IpAddr::V6(local(*own)), prefix: Some(*prefix) };
+                written.fits(IpAddr::V6(local(low))) && on.is_none_or(|on| on == zone)
+            };
+            let first = rules.iter().position(fits);
+            let decision = list.decide_socket(SocketAddr::V6(SocketAddrV6::new(local(low), 1, 0, zone)));
+            prop_assert_eq!(decision.rule.map(|rule| rule.position), first.map(|at| at + 1), "{}%{} with {:?}", local(low), zone, &texts);
+        }
+    }
+}
+
+/// "eth3" is the interface 3.
+struct Interfaces;
+
+impl Names for Interfaces {
+    fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, String> {
+        Err(host.to_owned())
+    }
+
+    fn zone(&self, interface: &str) -> Result<u32, String> {
+        interface.trim_start_matches("eth").parse().map_err(|_| interface.to_owned())
+    }
+}
+
+/// Whether two rules name the same addresses: each holds the other's, bit by bit.
+fn same(a: Written, b: Written) -> bool {
+    let length = |rule: Written| {
+        let mapped = rule.address.is_ipv6() && rule.length() >= 96 && is_mapped(&bits(rule.address));
+        (rule.address.is_ipv4() || mapped, if mapped { rule.length() - 96 } else { rule.length() })
+    };
+    length(a) == length(b) && a.fits(b.address)
 }
 
 /// The reference is not the same as saying yes or no to everything: both are common.

@@ -3,8 +3,9 @@
 use crate::agent::Agent;
 use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
 use crate::audit::{Order, Who};
+use crate::hosts::Host;
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, operators, outgoing, pausing, snapshot, tickets, verdict};
+use crate::{announcing, check, cpu, leaving, links, operators, outgoing, pausing, snapshot, tickets, trusting, verdict};
 use limosa_announce::Announcer;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,15 +64,14 @@ async fn carry_out(
         Request::HostId => Ok(Answer::Host(own(agent))),
         Request::HostShow => blocking(agent, |agent| Ok(Answer::HostShow(Box::new(links::show(agent))))).await,
         Request::HostCpu => blocking(agent, |agent| Ok(Answer::HostCpu(Box::new(cpu::report(agent)?)))).await,
-        Request::HostTrust(info) => trust(agent, &info),
-        Request::HostList => {
-            let info = |host: crate::hosts::Host| HostInfo { name: host.name, id: host.id.to_string(), address: host.address };
-            Ok(Answer::Hosts(agent.hosts.all().into_iter().map(info).collect()))
-        }
-        Request::HostRemove { name } => {
-            agent.hosts.remove(&name).map_err(|e| ApiError::refused("host", e.to_string()))?;
-            Ok(Answer::Done(format!("{name} is not trusted any more")))
-        }
+        Request::HostList => Ok(Answer::Hosts(agent.hosts.all().into_iter().map(Host::info).collect())),
+        Request::HostAsk { address } => trusting::ask(agent, &address).await,
+        Request::HostTrust(info) => blocking(agent, move |agent| trusting::trust(agent, &[info])).await,
+        Request::HostTrustAll(all) => blocking(agent, move |agent| trusting::trust_all(agent, &all)).await,
+        Request::HostRemove { name } => blocking(agent, move |agent| trusting::remove(agent, &name)).await,
+        Request::HostRevoke { which, undo } => blocking(agent, move |agent| trusting::revoke(agent, &which, undo)).await,
+        Request::HostRevoked => Ok(Answer::Keys(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
+        Request::Allow(request) => blocking(agent, move |agent| trusting::allow(agent, request)).await,
         Request::Parties { vm, to } => {
             blocking(agent, move |agent| tickets::parties(agent, &vm, &to).map(|found| Answer::Parties(Box::new(found)))).await
         }
@@ -147,19 +147,6 @@ async fn blocking(
 fn own(agent: &Agent) -> HostInfo {
     let listen: Vec<String> = agent.config.listen.iter().map(ToString::to_string).collect();
     HostInfo { name: agent.config.name.clone(), id: agent.key.id().to_string(), address: listen.join(", ") }
-}
-
-fn trust(agent: &Agent, info: &HostInfo) -> Result<Answer, ApiError> {
-    if info.id.parse().is_ok_and(|id: limosa_proto::identity::HostId| id == agent.key.id()) {
-        return Err(ApiError::refused("host", "that is this host's own id; run `limosa host id` on the other host"));
-    }
-    if let Some(operator) = info.id.parse().ok().and_then(|id| agent.operators.with_key(id)) {
-        let words =
-            format!("that key is operator {}'s: a host needs a key of its own; run `limosa host id` there", operator.name);
-        return Err(ApiError::refused("host", words));
-    }
-    let host = agent.hosts.trust(info).map_err(|e| ApiError::refused("host", e.to_string()))?;
-    Ok(Answer::Done(format!("{} at {} is trusted", host.name, host.address)))
 }
 
 fn job(agent: &Agent, id: u64) -> Result<JobInfo, ApiError> {

@@ -11,6 +11,7 @@ use crate::journal::{self, Journal};
 use crate::links::Links;
 use crate::metrics::Metrics;
 use crate::operators::Operators;
+use crate::rules::Rules;
 use crate::tickets::Tickets;
 use crate::vms::Vms;
 use limosa_link::HostKey;
@@ -45,6 +46,7 @@ pub(crate) struct Agent {
     pub(crate) config: Config,
     pub(crate) key: HostKey,
     pub(crate) hosts: Hosts,
+    pub(crate) rules: Rules,
     journal: Mutex<Journal>,
     pub(crate) jobs: Jobs,
     pub(crate) vms: Vms,
@@ -74,10 +76,12 @@ impl Agent {
         directory(&config.state_dir.join("vm"), 0o700)?;
         directory(&config.run_dir, 0o755)?;
         let (audit, metrics) = (Arc::new(Audit::open(&config.state_dir)), Arc::new(Metrics::new()));
-        let (journal, warnings) =
+        let (journal, mut warnings) =
             journal::open(&config.state_dir, metrics.journal_sync()).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
+        let (rules, said) = Rules::open(&config).map_err(|e| ApiError::usage("rule", e.to_string()))?;
+        warnings.extend(said);
         let operators = Operators::new(config.operators.clone());
         if let Some(both) = operators.both(hosts.all().into_iter().map(|host| host.id).chain([key.id()])) {
             let words = format!(
@@ -97,7 +101,7 @@ impl Agent {
         let (journal, vms, stopping) = (Mutex::new(journal), Vms::default(), AtomicBool::new(false));
         let (links, cpu, started) = (Links::default(), Learnt::default(), Instant::now());
         #[rustfmt::skip]
-        let agent = Agent { config, key, hosts, journal, jobs, vms, links, operators, tickets, cpu, audit, metrics, stopping, started };
+        let agent = Agent { config, key, hosts, rules, journal, jobs, vms, links, operators, tickets, cpu, audit, metrics, stopping, started };
         Ok((agent, warnings))
     }
 

@@ -1,6 +1,7 @@
 //! What commands and the agent say to each other: one request a connection, a stream of lines of JSON back.
 //! The types are shared by both ends; the serving end is in `serve`, what is done in `actions`.
 
+use crate::allow_api::{AllowAnswer, AllowRequest};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::report::{LinkTried, Report};
 use limosa_proto::wire::message::Reason;
@@ -82,8 +83,26 @@ pub enum Request {
     HostShow,
     /// Which CPU this host gives to guests.
     HostCpu,
+    /// Ask for the key of whoever answers at an address, once; nothing is trusted by it.
+    HostAsk {
+        /// As for a trusted host.
+        address: String,
+    },
     /// Trust a host.
     HostTrust(HostInfo),
+    /// Trust all of these hosts, or none.
+    HostTrustAll(Vec<HostInfo>),
+    /// Refuse a key for good, or forget that.
+    HostRevoke {
+        /// The key's id, or a trusted host's name.
+        which: String,
+        /// Forget it.
+        undo: bool,
+    },
+    /// The keys that are revoked.
+    HostRevoked,
+    /// About the allow-lists.
+    Allow(AllowRequest),
     /// The trusted hosts.
     HostList,
     /// Trust a host no more.
@@ -253,7 +272,7 @@ pub struct HostInfo {
     pub name: String,
     /// Its identity: 52 letters and digits.
     pub id: String,
-    /// Where its agent listens: `address:port` or `name:port`.
+    /// Where its agent listens: `address:port` or `name:port`, several with commas between.
     pub address: String,
 }
 
@@ -597,6 +616,10 @@ pub enum Answer {
     Announced(Vec<String>),
     /// What is known.
     Verdict(VerdictInfo),
+    /// Keys.
+    Keys(Vec<String>),
+    /// About the allow-lists.
+    Allow(Box<AllowAnswer>),
     /// Something was done, in words.
     Done(String),
 }

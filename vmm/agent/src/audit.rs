@@ -324,6 +324,16 @@ fn told(request: &Request) -> Option<Line> {
                 ..of("migrate", &asked.vm)
             }
         }
+        Request::HostTrustAll(all) => Line {
+            what: Some(
+                all.iter().map(|host| format!("{} {} {}", host.name, host.id, host.address)).collect::<Vec<_>>().join(", "),
+            ),
+            ..order("host-trust-all")
+        },
+        Request::HostRevoke { which, undo } => {
+            Line { to: Some(which.clone()), ..order(if *undo { "host-unrevoke" } else { "host-revoke" }) }
+        }
+        Request::Allow(asked) if asked.changes() => Line { what: serde_json::to_string(asked).ok(), ..order("allow") },
         Request::Cancel { id } => Line { job: Some(*id), ..order("cancel") },
         Request::Verdict { id, decide: Some(decide) } => {
             Line { job: Some(*id), what: serde_json::to_string(decide).ok(), ..order("verdict") }
@@ -335,6 +345,9 @@ fn told(request: &Request) -> Option<Line> {
         | Request::HostShow
         | Request::HostCpu
         | Request::HostList
+        | Request::HostAsk { .. }
+        | Request::HostRevoked
+        | Request::Allow(_)
         | Request::Parties { .. }
         | Request::Migrate(_)
         | Request::Check(_)

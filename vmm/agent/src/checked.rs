@@ -233,6 +233,12 @@ impl<'a, 't> Section<'a, 't> {
         Some(Section { name, table, span: value.span(), known: BTreeSet::new(), problems: self.problems })
     }
 
+    /// Whether there is anything under `key`.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.table.get(key).is_some()
+    }
+
     /// Whether there is a table under `key`: some settings are a word or a table.
     #[must_use]
     pub fn is_table(&self, key: &str) -> bool {

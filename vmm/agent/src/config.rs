@@ -9,6 +9,7 @@ use limosa_link::pages::Populate;
 use limosa_link::quic::{Congestion, QuicSettings};
 use limosa_proto::allow::AllowList;
 use limosa_proto::cpu;
+use limosa_proto::here::HereList;
 use limosa_proto::precopy::NoConvergence;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -123,8 +124,14 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Sockets.
     pub run_dir: PathBuf,
+    /// The file it was read from; none: the default one.
+    pub file: Option<PathBuf>,
     /// Which addresses may connect.
     pub allow: AllowList,
+    /// Which addresses of this host take migrations.
+    pub here: HereList,
+    /// Names in rules that could not be looked up, in words.
+    pub unresolved: Vec<String>,
     /// Networks by name.
     pub networks: Vec<Network>,
     /// How guests are moved.
@@ -191,7 +198,10 @@ impl Default for Config {
             listen: vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), DEFAULT_PORT)],
             state_dir: DEFAULT_STATE_DIR.into(),
             run_dir: DEFAULT_RUN_DIR.into(),
+            file: None,
             allow: AllowList::default(),
+            here: HereList::default(),
+            unresolved: Vec::new(),
             networks: Vec::new(),
             migration: Migration::default(),
             quic: Quic::default(),
@@ -218,8 +228,9 @@ impl Config {
         if file.is_none() && !default.exists() {
             return Ok(Config::default());
         }
+        let given = file.map(Path::to_path_buf);
         let file = file.unwrap_or(default);
-        Config::parse(file, &read_text(file)?)
+        Config::parse(file, &read_text(file)?).map(|config| Config { file: given, ..config })
     }
 
     /// Validates the text of `file`.
@@ -329,11 +340,6 @@ impl Config {
             }
             *slot = path;
         }
-        section.close();
-    }
-
-    fn read_allow(&mut self, mut section: Section<'_, '_>) {
-        self.allow = self.networks_of(&mut section, "peers").unwrap_or_default();
         section.close();
     }
 

@@ -1,20 +1,24 @@
-//! The hosts that this one trusts, by name, identity and address: a file in the state directory, and the set that
-//! links check keys against. Our own key is made here too. Whether an address may connect at all is the allow-list's.
+//! The hosts that this one trusts, by name, identity and addresses, and the keys that it never trusts again: a file in the state
+//! directory, and the set that links check keys against. Our own key is made here too. Whether an address may connect at all
+//! is the allow-list's.
 
 use crate::api::HostInfo;
 use crate::checked::{ConfigError, Problems, Section, read_text};
 use crate::config::{DEFAULT_PORT, NAME_WANTS, plain_name};
-use crate::journal::sync_directory;
-use limosa_link::{HostKey, HostKeyError, TrustedHosts};
+use crate::durable::replace_file;
+use limosa_link::{HostKey, HostKeyError, Trust, TrustedHosts};
 use limosa_proto::identity::HostId;
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write as _;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Most hosts that are trusted.
 const HOSTS_MAX: usize = 4096;
+
+/// Most keys that are revoked.
+const REVOKED_MAX: usize = 65_536;
+/// Most addresses of one host.
+const ADDRESSES_MAX: usize = 8;
 
 /// A host that is trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,16 +27,62 @@ pub struct Host {
     pub name: String,
     /// Its key.
     pub id: HostId,
-    /// Where its agent listens: `address:port` or `name:port`.
+    /// Where its agent listens: `address:port` or `name:port`, or several with commas between.
     pub address: String,
+}
+
+impl Host {
+    /// As commands are told.
+    #[must_use]
+    pub fn info(self) -> HostInfo {
+        HostInfo { name: self.name, id: self.id.to_string(), address: self.address }
+    }
 }
 
 /// The trusted hosts.
 #[derive(Debug)]
 pub struct Hosts {
     file: PathBuf,
-    table: Mutex<BTreeMap<String, Host>>,
+    table: Mutex<Table>,
     trusted: TrustedHosts,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Table {
+    hosts: BTreeMap<String, Host>,
+    revoked: BTreeSet<HostId>,
+}
+
+impl Table {
+    /// What links check keys against.
+    fn trust(&self) -> Trust {
+        let keys = self.hosts.values().map(|host| (host.id, None)).collect();
+        Trust { keys, revoked: self.revoked.clone(), ..Trust::default() }
+    }
+
+    /// Takes a host in; the same name again changes its key and addresses.
+    fn put(&mut self, info: &HostInfo) -> Result<Host, HostsError> {
+        let bad = |words: String| Err(HostsError::Bad(words));
+        if !plain_name(&info.name) {
+            return bad(format!("{:?} is no name for a host: {NAME_WANTS}", info.name));
+        }
+        let id: HostId = info.id.parse().map_err(|e| HostsError::Bad(format!("{e}")))?;
+        let address = with_ports(&info.address).ok_or_else(|| HostsError::Bad(bad_address(&info.address)))?;
+        if self.revoked.contains(&id) {
+            return bad(format!(
+                "the key {id} is revoked here: it is not trusted again (`limosa host revoke --undo {id}` forgets that)"
+            ));
+        }
+        if let Some(other) = self.hosts.values().find(|host| host.id == id && host.name != info.name) {
+            return bad(format!("that key is already trusted as \"{}\"; `limosa host remove {}` first", other.name, other.name));
+        }
+        if self.hosts.len() >= HOSTS_MAX {
+            return bad(format!("{HOSTS_MAX} hosts are trusted already"));
+        }
+        let host = Host { name: info.name.clone(), id, address };
+        self.hosts.insert(host.name.clone(), host.clone());
+        Ok(host)
+    }
 }
 
 /// Why a host is not taken in, or out.
@@ -66,8 +116,9 @@ impl Hosts {
     /// Every problem of the file, with its line.
     pub fn open(directory: &Path) -> Result<Hosts, ConfigError> {
         let file = directory.join("hosts.toml");
-        let table = if file.exists() { parse(&file, &read_text(&file)?)? } else { BTreeMap::new() };
-        let trusted = TrustedHosts::new(table.values().map(|host| host.id));
+        let table = if file.exists() { parse(&file, &read_text(&file)?)? } else { Table::default() };
+        let trusted = TrustedHosts::default();
+        trusted.replace(table.trust());
         Ok(Hosts { file, table: Mutex::new(table), trusted })
     }
 
@@ -80,19 +131,19 @@ impl Hosts {
     /// All hosts by name.
     #[must_use]
     pub fn all(&self) -> Vec<Host> {
-        self.lock().values().cloned().collect()
+        self.lock().hosts.values().cloned().collect()
     }
 
     /// The host called `name`.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<Host> {
-        self.lock().get(name).cloned()
+        self.lock().hosts.get(name).cloned()
     }
 
     /// The host with this key.
     #[must_use]
     pub fn with_id(&self, id: HostId) -> Option<Host> {
-        self.lock().values().find(|host| host.id == id).cloned()
+        self.lock().hosts.values().find(|host| host.id == id).cloned()
     }
 
     /// Its name if it has one here, else its identity.
@@ -104,26 +155,31 @@ impl Hosts {
     /// Trusts a host from now on, durably. The same name again changes its key and address.
     ///
     /// # Errors
-    /// A name, identity or address that is none; another host with this key; a file that cannot be written.
+    /// A name, identity or address that is none; another host with this key; a revoked key; a file that cannot be written.
     pub fn trust(&self, info: &HostInfo) -> Result<Host, HostsError> {
-        let bad = |words: String| Err(HostsError::Bad(words));
-        if !plain_name(&info.name) {
-            return bad(format!("{:?} is no name for a host: {NAME_WANTS}", info.name));
-        }
-        let id: HostId = info.id.parse().map_err(|e| HostsError::Bad(format!("{e}")))?;
-        let address = with_port(&info.address).ok_or_else(|| HostsError::Bad(bad_address(&info.address)))?;
         let mut table = self.lock();
-        if let Some(other) = table.values().find(|host| host.id == id && host.name != info.name) {
-            return bad(format!("that key is already trusted as \"{}\"; `limosa host remove {}` first", other.name, other.name));
-        }
-        if table.len() >= HOSTS_MAX {
-            return bad(format!("{HOSTS_MAX} hosts are trusted already"));
-        }
-        let host = Host { name: info.name.clone(), id, address };
         let mut next = table.clone();
-        next.insert(host.name.clone(), host.clone());
+        let host = next.put(info)?;
         self.keep(&mut table, next)?;
         Ok(host)
+    }
+
+    /// Trusts all of these, or none.
+    ///
+    /// # Errors
+    /// As [`Hosts::trust`], with the name of the first that is refused; one name or key that is there twice.
+    pub fn trust_all(&self, all: &[HostInfo]) -> Result<usize, HostsError> {
+        let mut table = self.lock();
+        let mut next = table.clone();
+        let mut names = BTreeSet::new();
+        for info in all {
+            if !names.insert(&info.name) {
+                return Err(HostsError::Bad(format!("nothing was changed: {} is there twice", info.name)));
+            }
+            next.put(info).map_err(|e| HostsError::Bad(format!("nothing was changed: {}: {e}", info.name)))?;
+        }
+        self.keep(&mut table, next)?;
+        Ok(all.len())
     }
 
     /// Trusts a host no more, durably.
@@ -133,65 +189,135 @@ impl Hosts {
     pub fn remove(&self, name: &str) -> Result<(), HostsError> {
         let mut table = self.lock();
         let mut next = table.clone();
-        if next.remove(name).is_none() {
+        if next.hosts.remove(name).is_none() {
             return Err(HostsError::Bad(format!("no host is called \"{name}\" here; `limosa host list` shows them")));
         }
         self.keep(&mut table, next)
     }
 
-    fn keep(&self, table: &mut BTreeMap<String, Host>, next: BTreeMap<String, Host>) -> Result<(), HostsError> {
-        let beside = self.file.with_extension("new");
-        let write = || {
-            let mut file = File::create(&beside)?;
-            file.write_all(text(&next).as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &self.file)?;
-            sync_directory(self.file.parent().unwrap_or(Path::new("/")))
+    /// Revokes a key, durably: it is refused from now on, trusted or not. `which` is an id, or the name of a trusted host, which
+    /// stays in the list. Gives the key.
+    ///
+    /// # Errors
+    /// Neither an id nor a host's name; too many; a file that cannot be written.
+    pub fn revoke(&self, which: &str) -> Result<HostId, HostsError> {
+        let mut table = self.lock();
+        let mut next = table.clone();
+        let id = match (table.hosts.get(which), which.parse::<HostId>()) {
+            (Some(host), _) => host.id,
+            (None, Ok(id)) => id,
+            (None, Err(error)) => return Err(HostsError::Bad(format!("no host is called \"{which}\" here, and {error}"))),
         };
-        write().map_err(|cause| HostsError::Io { file: self.file.clone(), cause })?;
-        self.trusted.replace(next.values().map(|host| host.id));
+        if !next.revoked.insert(id) {
+            return Err(HostsError::Bad(format!("the key {id} is revoked already")));
+        }
+        if next.revoked.len() > REVOKED_MAX {
+            return Err(HostsError::Bad(format!("{REVOKED_MAX} keys are revoked already")));
+        }
+        self.keep(&mut table, next)?;
+        Ok(id)
+    }
+
+    /// Forgets that a key was revoked, durably. It is trusted only if it was or is again.
+    ///
+    /// # Errors
+    /// It is not revoked; a file that cannot be written.
+    pub fn forget_revocation(&self, id: HostId) -> Result<(), HostsError> {
+        let mut table = self.lock();
+        let mut next = table.clone();
+        if !next.revoked.remove(&id) {
+            return Err(HostsError::Bad(format!("the key {id} is not revoked; `limosa host revoked` shows which are")));
+        }
+        self.keep(&mut table, next)
+    }
+
+    /// All keys that are revoked.
+    #[must_use]
+    pub fn revoked(&self) -> Vec<HostId> {
+        self.lock().revoked.iter().copied().collect()
+    }
+
+    fn keep(&self, table: &mut Table, next: Table) -> Result<(), HostsError> {
+        let kept = replace_file(&self.file, text(&next).as_bytes());
+        kept.map_err(|cause| HostsError::Io { file: self.file.clone(), cause })?;
+        self.trusted.replace(next.trust());
         *table = next;
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Host>> {
+    fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn text(table: &BTreeMap<String, Host>) -> String {
+fn text(table: &Table) -> String {
     let mut text = String::from(
-        "# The trusted hosts: an agent's are kept by `limosa host trust|remove`, an operator's by `limosa operator trust|forget`.\n",
+        "# The trusted hosts: an agent's are kept by `limosa host trust|remove|revoke`, an operator's by `limosa operator trust|forget`.\n",
     );
-    for Host { name, id, address } in table.values() {
+    if !table.revoked.is_empty() {
+        let ids: Vec<String> = table.revoked.iter().map(|id| format!("    \"{id}\",\n")).collect();
+        text.push_str(&format!("\nrevoked = [\n{}]\n", ids.concat()));
+    }
+    for Host { name, id, address } in table.hosts.values() {
         text.push_str(&format!("\n[[host]]\nname = \"{name}\"\nid = \"{id}\"\naddress = \"{address}\"\n"));
     }
     text
 }
 
-fn parse(file: &Path, text: &str) -> Result<BTreeMap<String, Host>, ConfigError> {
+fn parse(file: &Path, text: &str) -> Result<Table, ConfigError> {
     let problems = Problems::new(file, text);
     let root = problems.root();
     let table = root.as_ref().map(|table| {
         let mut root = Section::root(table, &problems);
-        let mut hosts = BTreeMap::new();
-        for mut section in root.sections("host") {
-            let name = section.string("name").filter(|name| plain_name(name));
-            let id = section.parsed::<HostId>("id", "what `limosa host id` prints on that host");
-            let address = section.string("address").and_then(|address| with_port(&address));
-            match (name, id, address) {
-                (Some(name), Some(id), Some(address)) => {
-                    hosts.insert(name.clone(), Host { name, id, address });
-                }
-                _ => section.problem("name", "is not a whole host", "name, id and address are needed"),
-            }
-            section.close();
+        let revoked = root.parsed_list("revoked", "a host id").unwrap_or_default().into_iter().collect();
+        let mut table = Table { revoked, ..Table::default() };
+        for host in hosts_of(&mut root) {
+            table.hosts.insert(host.name.clone(), host);
         }
+        root.close();
+        table
+    });
+    drop(root);
+    problems.finish(table)
+}
+
+/// The hosts of a file of `[[host]]` tables, for `limosa host trust --file`.
+///
+/// # Errors
+/// Every problem of the file, with its line.
+pub fn read_file(file: &Path) -> Result<Vec<HostInfo>, ConfigError> {
+    let text = read_text(file)?;
+    let problems = Problems::new(file, &text);
+    let root = problems.root();
+    let hosts = root.as_ref().map(|table| {
+        let mut root = Section::root(table, &problems);
+        let hosts = hosts_of(&mut root).into_iter().map(Host::info).collect();
         root.close();
         hosts
     });
     drop(root);
-    problems.finish(table)
+    problems.finish(hosts)
+}
+
+fn hosts_of(root: &mut Section<'_, '_>) -> Vec<Host> {
+    let mut hosts = Vec::new();
+    for mut section in root.sections("host") {
+        let name = section.string("name").filter(|name| plain_name(name));
+        let id = section.parsed::<HostId>("id", "what `limosa host id` prints on that host");
+        let address = section.string("address").and_then(|address| with_ports(&address));
+        match (name, id, address) {
+            (Some(name), Some(id), Some(address)) => hosts.push(Host { name, id, address }),
+            _ => section.problem("name", "is not a whole host", "name, id and address are needed"),
+        }
+        section.close();
+    }
+    hosts
+}
+
+/// Each of the addresses with the default port if it has none; none if one of them is no address.
+pub(crate) fn with_ports(addresses: &str) -> Option<String> {
+    let all: Vec<String> = addresses.split(',').map(|one| with_port(one.trim())).collect::<Option<_>>()?;
+    (all.len() <= ADDRESSES_MAX).then(|| all.join(","))
 }
 
 /// `address` with the default port if it has none; none if it is no address.
@@ -215,7 +341,9 @@ pub(crate) fn with_port(address: &str) -> Option<String> {
 
 pub(crate) fn bad_address(address: &str) -> String {
     let shown: String = address.chars().take(80).collect();
-    format!("{shown:?} is no address: ADDRESS or ADDRESS:PORT is needed, such as 10.0.0.2, [fd00::2]:13560 or beta.example:13560")
+    format!(
+        "{shown:?} is no address: ADDRESS or ADDRESS:PORT is needed, up to {ADDRESSES_MAX} with commas between, such as 10.0.0.2, [fd00::2]:13560 or beta.example:13560"
+    )
 }
 
 #[cfg(test)]
@@ -254,6 +382,46 @@ mod tests {
         std::fs::write(dir.path().join("hosts.toml"), "[[host]]\nname = \"x\"\nid = \"zz\"\n").unwrap();
         let error = Hosts::open(dir.path()).unwrap_err().to_string();
         assert!(error.contains("hosts.toml:3: host.id is \"zz\""), "{error}");
+    }
+
+    #[test]
+    fn a_revoked_key_stays_refused_until_that_is_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = Hosts::open(dir.path()).unwrap();
+        hosts.trust(&info("beta", 1, "10.0.0.2")).unwrap();
+        let (beta, other) = (HostId([1; 32]), HostId([9; 32]));
+        assert_eq!(hosts.revoke("beta").unwrap(), beta);
+        assert_eq!(hosts.revoke(&other.to_string()).unwrap(), other, "one that nobody has trusted yet too");
+        assert!(hosts.revoke("beta").unwrap_err().to_string().contains("already"));
+        assert!(hosts.revoke("delta").unwrap_err().to_string().contains("no host is called"));
+        let hosts = Hosts::open(dir.path()).unwrap();
+        assert!(!hosts.trusted().contains(beta) && hosts.named("beta").is_some());
+        for key in [1, 9] {
+            assert!(hosts.trust(&info("new", key, "10.0.0.3")).unwrap_err().to_string().contains("is revoked"));
+        }
+        assert_eq!(hosts.revoked(), [beta, other]);
+        hosts.forget_revocation(beta).unwrap();
+        assert!(hosts.forget_revocation(beta).is_err());
+        assert!(Hosts::open(dir.path()).unwrap().trusted().contains(beta), "it was trusted all the time");
+    }
+
+    #[test]
+    fn many_are_trusted_at_once_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = Hosts::open(dir.path()).unwrap();
+        let good = [info("beta", 1, "10.0.0.2,10.9.0.2:99"), info("gamma", 2, "10.0.0.3")];
+        let bad = [info("delta", 3, "10.0.0.4"), info("epsilon", 1, "10.0.0.5")];
+        assert_eq!(hosts.trust_all(&good).unwrap(), 2);
+        assert_eq!(hosts.named("beta").unwrap().address, "10.0.0.2:13560,10.9.0.2:99");
+        let error = hosts.trust_all(&bad).unwrap_err().to_string();
+        assert!(error.contains("nothing was changed: epsilon: that key is already trusted"), "{error}");
+        assert!(hosts.trust_all(&[info("x", 5, "a"), info("x", 6, "a")]).unwrap_err().to_string().contains("twice"));
+        assert_eq!((hosts.all().len(), Hosts::open(dir.path()).unwrap().all().len()), (2, 2));
+        // The file that is kept is of the form that can be given.
+        assert_eq!(
+            read_file(&dir.path().join("hosts.toml")).unwrap(),
+            hosts.all().into_iter().map(Host::info).collect::<Vec<_>>()
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::asking;
 use crate::audit;
 use crate::config::{NAME_WANTS, plain_name};
 use crate::cpu;
+use crate::cutting::{self, Ends, Other};
 use crate::desk;
 use crate::disks;
 use crate::jobs::Ending;
@@ -54,6 +55,14 @@ const HOST_BYTES: u64 = 128 << 20;
 pub(crate) struct Reception(pub(crate) Arc<Agent>);
 
 impl Hosting for Reception {
+    fn admits(&self, peer: &Peer) -> Result<(), Refusal> {
+        match cutting::why_not(&self.0, &of(peer), None) {
+            Some(words) if self.0.hosts.trusted().contains(peer.id) => Err(Refusal::one(Code::NotAllowed, words)),
+            Some(words) => Err(Refusal::one(Code::UnknownHost, words)),
+            None => Ok(()),
+        }
+    }
+
     fn incoming(
         &self,
         peer: &Peer,
@@ -78,6 +87,11 @@ impl Hosting for Reception {
         let (job, cancel) = agent.jobs.begin(|id| job(id, agent.hosts.shown(peer.id), header, &hello.vm));
         agent.metrics.incoming(job, &hello.link);
         agent.audit.incoming(Some(job), record(peer, header, hello, ticket.as_ref()));
+        agent.jobs.with(job, of(peer));
+        // Taken back since it was let in: from here on a change finds the job, before this it is found here.
+        if let Some(words) = cutting::why_not(agent, &of(peer), None) {
+            cancel.cancel(words);
+        }
         tracing::info!(job, vm = hello.vm.name, from = agent.hosts.shown(peer.id), migration = %header.migration, "a guest wants to come");
         let (progress, seen) = watch::channel(IncomingProgress {
             state: limosa_proto::state::DestinationState::Listening,
@@ -169,6 +183,10 @@ fn record(peer: &Peer, header: &ControlHeader, hello: &Hello, ticket: Option<&Ti
         generation: Some(header.generation.0),
         ..audit::Line::default()
     }
+}
+
+fn of(peer: &Peer) -> Other {
+    Other { id: peer.id, ends: Ends::Incoming { peer: peer.address, local: peer.local } }
 }
 
 fn job(id: u64, peer: String, header: &ControlHeader, vm: &VmDescription) -> JobInfo {

@@ -2,6 +2,7 @@
 //! A job carries out nothing; `outgoing` and `incoming` do and keep it up to date.
 
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
+use crate::cutting::Other;
 use limosa_link::Cancel;
 use limosa_proto::identity::{Generation, MigrationId};
 use limosa_proto::report::Report;
@@ -42,6 +43,8 @@ struct Table {
 struct Entry {
     info: JobInfo,
     cancel: Cancel,
+    /// With whom it is, while it may be cut off from him.
+    other: Option<Other>,
     /// Held by whoever asks the other host about it.
     asking: Arc<tokio::sync::Mutex<()>>,
     /// The last end that was told.
@@ -50,7 +53,7 @@ struct Entry {
 
 impl Entry {
     fn new(info: JobInfo, cancel: Cancel) -> Entry {
-        Entry { info, cancel, asking: Arc::default(), told: None }
+        Entry { info, cancel, other: None, asking: Arc::default(), told: None }
     }
 }
 
@@ -176,6 +179,29 @@ impl Jobs {
             JobState::InDoubt => Err(format!("job {id} is past its commit and in doubt: it ends when the hosts can talk again")),
             _ => Err(format!("job {id} has already ended: {}", entry.info.words)),
         }
+    }
+
+    /// Notes with whom a job is.
+    pub(crate) fn with(&self, id: u64, other: Other) {
+        if let Some(entry) = self.lock().jobs.get_mut(&id) {
+            entry.other = Some(other);
+        }
+    }
+
+    /// Asks every job at work to stop of which `why` gives words; those with the words.
+    pub(crate) fn cut(&self, why: impl Fn(&Other) -> Option<String>) -> Vec<(u64, String)> {
+        // Looked at apart from the lock: `why` takes others.
+        let table = self.lock();
+        let running = table.jobs.values().filter(|entry| entry.info.state == JobState::Running);
+        let all: Vec<(u64, Other, Cancel)> =
+            running.filter_map(|entry| Some((entry.info.id, entry.other.clone()?, entry.cancel.clone()))).collect();
+        drop(table);
+        let cut = |(id, other, cancel): (u64, Other, Cancel)| {
+            let words = why(&other)?;
+            cancel.cancel(words.clone());
+            Some((id, words))
+        };
+        all.into_iter().filter_map(cut).collect()
     }
 
     /// Asks every job at work to stop.

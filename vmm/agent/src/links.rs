@@ -44,12 +44,15 @@ impl Links {
 /// # Errors
 /// A TCP port cannot be opened.
 pub(crate) fn listen(agent: &Arc<Agent>, hosting: Arc<dyn Hosting>, stop: &Cancel) -> Result<Sessions, ApiError> {
-    let allow = Arc::new(RwLock::new(agent.config.allow.clone()));
-    if agent.config.allow.networks().is_empty() {
+    let (allow, lists) = (agent.rules.allow(), agent.rules.lists());
+    if lists.peers.networks().is_empty() {
         tracing::warn!("the allow-list is empty: no host can send a guest here");
     }
     if agent.config.tickets.required && agent.operators.all().is_empty() {
         tracing::warn!("no [[operator]] is named: no guest can come, for want of a ticket that counts here");
+    }
+    if lists.here.is_set() && lists.here.rules().next().is_none() {
+        tracing::warn!("no address of this host takes migrations: the list of them is set and empty");
     }
     let (rdma, fabric) = match bind_rdma(agent, &allow) {
         Ok((listening, port, fabric)) => {
@@ -89,7 +92,12 @@ pub(crate) fn listen(agent: &Arc<Agent>, hosting: Arc<dyn Hosting>, stop: &Cance
 
 fn settings(agent: &Agent) -> ListenerSettings {
     let set = &agent.config.migration;
-    ListenerSettings { plaintext_lanes: set.plaintext_lanes, peer_silence_max: set.silence_max, ..ListenerSettings::default() }
+    ListenerSettings {
+        plaintext_lanes: set.plaintext_lanes,
+        peer_silence_max: set.silence_max,
+        here: agent.rules.here(),
+        ..ListenerSettings::default()
+    }
 }
 
 /// QUIC on every address of TCP's, so that a source finds it where it finds the agent.
@@ -148,7 +156,12 @@ fn bind_rdma(agent: &Agent, _allow: &Arc<RwLock<AllowList>>) -> Result<(RdmaList
 #[cfg(feature = "rdma")]
 fn rdma_settings(agent: &Agent) -> RdmaSettings {
     let set = &agent.config.rdma;
-    RdmaSettings { trusted_fabric: set.trusted_fabric.clone(), on_demand: set.on_demand, ..RdmaSettings::default() }
+    RdmaSettings {
+        trusted_fabric: set.trusted_fabric.clone(),
+        on_demand: set.on_demand,
+        here: agent.rules.here(),
+        ..RdmaSettings::default()
+    }
 }
 
 #[cfg(not(feature = "rdma"))]
@@ -160,9 +173,23 @@ fn rdma_addresses(agent: &Agent) -> Result<Vec<LinkAddress>, String> {
         return Err("it is switched off (rdma.enabled = false)".into());
     }
     #[cfg(feature = "rdma")]
-    return rdma::addresses(&rdma_settings(agent));
+    return rdma::addresses(&rdma_settings(agent)).and_then(|found| here_first(agent, found));
     #[cfg(not(feature = "rdma"))]
     return Err(NO_FEATURE.into());
+}
+
+/// Those that take migrations, in the order of their priority.
+#[cfg(feature = "rdma")]
+fn here_first(agent: &Agent, found: Vec<LinkAddress>) -> Result<Vec<LinkAddress>, String> {
+    let here = agent.rules.here();
+    let all = found.iter().map(|one| one.address.to_string()).collect::<Vec<_>>().join(", ");
+    let mut fit: Vec<(u16, LinkAddress)> =
+        found.into_iter().filter_map(|one| here.priority(one.address).map(|priority| (priority, one))).collect();
+    fit.sort_by_key(|(priority, _)| *priority);
+    if fit.is_empty() {
+        return Err(format!("its RDMA addresses are {all}, and none of them takes migrations (allow.here)"));
+    }
+    Ok(fit.into_iter().map(|(_, one)| one).collect())
 }
 
 /// The same as [`rdma_addresses`] from a task: it takes as long as the devices take to answer.
@@ -211,6 +238,7 @@ pub(crate) fn reach(agent: &Agent, host: &Host, wanted: Wanted) -> Reach {
         key: agent.key.clone(),
         trusted: agent.hosts.trusted(),
         silence_max: agent.config.migration.silence_max,
+        here: agent.rules.here(),
         quic: quic_enabled(agent).map(|()| agent.config.quic.settings),
         rdma: if looked { own_rdma(agent) } else { Err("another link was asked for".into()) },
     }

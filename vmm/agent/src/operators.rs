@@ -1,10 +1,11 @@
 //! The operators of this host: whose commands it obeys from other machines, and whose tickets count here. A short policy, with
 //! nothing allowed that is not named. Root on this host needs none of it: it comes by the UNIX socket.
 
-use crate::api::{Answer, ApiError, HostInfo, JobInfo, Request, Response};
+use crate::api::{Answer, ApiError, JobInfo, Request, Response};
 use crate::checked::Section;
 use crate::config::{NAME_WANTS, plain_name};
 use limosa_link::TrustedHosts;
+use limosa_link::trust::Trust;
 use limosa_proto::identity::{HostId, OperatorId};
 use limosa_proto::ticket::{self, NamePattern};
 use std::collections::BTreeSet;
@@ -93,7 +94,7 @@ impl Operators {
 
     /// From now on these, also for commands that are being answered.
     pub fn replace(&self, operators: Vec<Operator>) {
-        self.keys.replace(operators.iter().map(|one| as_key(one.id)));
+        self.keys.replace(Trust { keys: operators.iter().map(|one| (as_key(one.id), None)).collect(), ..Trust::default() });
         *self.all.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(operators);
     }
 
@@ -229,7 +230,7 @@ impl Operator {
         host: &str,
         vm_of: impl Fn(u64) -> Option<String>,
     ) -> Result<OperatorAction, ApiError> {
-        use OperatorAction::{Announce, Cancel, Check, Decide, Migrate, Pause, Resume, Show, Stop, Trust};
+        use OperatorAction::{self as Action, Announce, Cancel, Check, Decide, Migrate, Pause, Resume, Show, Stop};
         let here = |what: &str| {
             let words = format!("{what} works with files of the host itself: run it on {host}");
             Err(ApiError::refused("not-remote", words))
@@ -249,7 +250,14 @@ impl Operator {
             | Request::HostShow
             | Request::HostCpu
             | Request::HostList => (Show, self.may(Show, host)),
-            Request::HostTrust(HostInfo { .. }) | Request::HostRemove { .. } => (Trust, self.may(Trust, host)),
+            Request::HostRevoked => (Show, self.may(Show, host)),
+            Request::Allow(asked) if !asked.changes() => (Show, self.may(Show, host)),
+            Request::HostAsk { .. }
+            | Request::HostTrust(_)
+            | Request::HostTrustAll(_)
+            | Request::HostRemove { .. }
+            | Request::HostRevoke { .. }
+            | Request::Allow(_) => (Action::Trust, self.may(Action::Trust, host)),
             Request::VmShow { vm } => (Show, self.may_with(Show, vm, host)),
             Request::VmStop { vm } => (Stop, self.may_with(Stop, vm, host)),
             Request::VmPause { vm } => (Pause, self.may_with(Pause, vm, host)),

@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::announcing;
 use crate::api::{ApiError, Direction, HostInfo, JobInfo, MigrateRequest, Plan};
+use crate::cutting::{self, Ends, Other};
 use crate::disks::{self, Marks};
 use crate::hosts::Host;
 use crate::leaving;
@@ -122,8 +123,14 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
         return Err(ApiError::refused("busy", words));
     }
     let preparing = Arc::clone(agent);
-    let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &request)).await;
-    let prepared = prepared.map_err(|e| ApiError::refused("internal", e.to_string()))??;
+    let prepared = tokio::task::spawn_blocking(move || {
+        prepare(&preparing, &request).map(|prepared| (cutting::addresses(&prepared.host.address), prepared))
+    });
+    let (to, prepared) = prepared.await.map_err(|e| ApiError::refused("internal", e.to_string()))??;
+    let other = Other { id: prepared.host.id, ends: Ends::Outgoing { to } };
+    if let Some(words) = cutting::why_not(agent, &other, None) {
+        return Err(ApiError::refused("unknown-host", words));
+    }
     let mut migration = [0; 16];
     ring::rand::SystemRandom::new()
         .fill(&mut migration)
@@ -133,6 +140,11 @@ pub(crate) async fn begin(agent: &Arc<Agent>, request: MigrateRequest) -> Result
     let (plan, peer) = (&prepared.plan, prepared.host.name.clone());
     let job = |id| JobInfo::begun(id, Direction::Outgoing, &plan.vm, &plan.vm_id, peer).of(migration, generation);
     let (id, cancel) = agent.jobs.begin(job);
+    agent.jobs.with(id, other.clone());
+    // As for one that comes: from here on a change finds the job.
+    if let Some(words) = cutting::why_not(agent, &other, None) {
+        cancel.cancel(words);
+    }
     tracing::info!(job = id, vm = prepared.plan.vm, to = prepared.host.name, %migration, "a guest begins to leave");
     tokio::spawn(leaving::carry_out(Arc::clone(agent), id, prepared, (migration, generation), cancel));
     Ok(id)

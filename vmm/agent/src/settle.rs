@@ -197,11 +197,12 @@ async fn verdict_of(agent: &Agent, released: &JournalRecord) -> Result<VerdictAn
         host.ok_or_else(|| format!("the destination {} is not trusted here any more: `limosa host trust` it", released.peer))?;
     let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
     let (migration, generation) = (released.migration, released.generation);
-    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence);
+    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence).with_here(agent.rules.here());
     let asked = ask_verdict(&link, migration, generation, true).await;
     // The guest may have left by QUIC because TCP is blocked.
     if matches!(asked, Err(VerdictError::Connect(_))) && agent.config.quic.enabled {
         let link = QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings);
+        let link = link.with_here(agent.rules.here());
         if let Ok(answer) = ask_verdict(&link, migration, generation, true).await {
             return Ok(answer);
         }

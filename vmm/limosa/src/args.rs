@@ -1,5 +1,6 @@
 //! The command line as typed. Nothing is resolved or done here: `plan` and `commands` do that.
 
+use crate::args_who::{AllowCommand, HostCommand};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use limosa_agent::checked::parse_size;
 use limosa_proto::identity::{HostId, OperatorId, VmId};
@@ -107,7 +108,7 @@ pub(crate) enum Command {
     Verdict(VerdictArgs),
     /// Tell the network once more where a guest is
     Announce { vm: String },
-    /// The rules that say from which addresses guests may come, as the agent's configuration has them
+    /// The rules that say from which addresses hosts may connect, and which addresses of this host take migrations
     #[command(subcommand)]
     Allow(AllowCommand),
     /// Who you are as an operator, and which hosts you know
@@ -168,30 +169,6 @@ pub(crate) enum VmCommand {
         #[arg(long, hide = true)]
         no_paused: bool,
     },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum HostCommand {
-    /// Show this host's name and id
-    Id,
-    /// Show this host's addresses, links and RDMA devices
-    Show,
-    /// Show the CPU that this host gives to guests
-    Cpu,
-    /// Trust a host
-    Trust {
-        /// What to call it here
-        name: String,
-        /// What `limosa host id` prints there
-        id: String,
-        /// Where its agent listens: ADDRESS or ADDRESS:PORT
-        #[arg(value_name = "ADDRESS[:PORT]")]
-        address: String,
-    },
-    /// List the trusted hosts
-    List,
-    /// Trust a host no more
-    Remove { name: String },
 }
 
 #[derive(Debug, Args)]
@@ -300,29 +277,6 @@ pub(crate) struct CheckArgs {
     /// An operator's ticket for it, as text or as @FILE [default: one that is made with your operator key, if you have one]
     #[arg(long, value_name = "TICKET|@FILE")]
     pub(crate) ticket: Option<String>,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum AllowCommand {
-    /// List the rules in the order in which they are asked
-    List {
-        #[command(flatten)]
-        config: ConfigFile,
-    },
-    /// Which rule decides about an address: exit 0 if it is allowed, 1 if not
-    Test {
-        #[arg(value_name = "ADDRESS")]
-        address: String,
-        #[command(flatten)]
-        config: ConfigFile,
-    },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ConfigFile {
-    /// The agent's configuration
-    #[arg(long, value_name = "FILE", help = "The agent's configuration [default: /etc/limosa/agent.toml, if it exists]")]
-    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -610,6 +564,14 @@ mod tests {
             "vm save web",
             "vm restore",
             "allow test",
+            "allow add",
+            "allow add 10.0.0.0/8 --priority 3",
+            "allow add 10.0.0.0/8 --here --priority much",
+            "allow remove",
+            "host trust",
+            "host trust a b c d",
+            "host trust --file x y",
+            "host revoke",
             "ticket make --source x --destination y --vm z",
             "ticket make --vms web-*",
             "ticket verify",

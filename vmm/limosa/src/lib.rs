@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod args_who;
 mod commands;
 mod demo;
 mod fence;

@@ -8,6 +8,7 @@ use crate::key::HostKey;
 use crate::probe::{ProbeError, Probed, probe};
 use crate::quic::{QuicLink, QuicSettings};
 use crate::tls::TrustedHosts;
+use crate::ways::Here;
 use crate::{Link, TcpLink};
 use limosa_proto::allow::AllowList;
 use limosa_proto::identity::HostId;
@@ -57,6 +58,8 @@ pub struct Reach {
     pub trusted: TrustedHosts,
     /// A peer that is silent for longer is lost.
     pub silence_max: Duration,
+    /// This host's addresses that migrations may use.
+    pub here: Here,
     /// Settings of QUIC, or why this host does not use it.
     pub quic: Result<QuicSettings, String>,
     /// This host's RDMA, or why there is none.
@@ -105,17 +108,18 @@ pub async fn look(reach: &Reach, wanted: Wanted) -> Found {
 
 impl Reach {
     fn tcp(&self) -> Arc<dyn Link> {
-        let Reach { destination, expected, key, trusted, silence_max, .. } = self.clone();
-        Arc::new(TcpLink::new(destination, expected, key, trusted, silence_max))
+        let Reach { destination, expected, key, trusted, silence_max, here, .. } = self.clone();
+        Arc::new(TcpLink::new(destination, expected, key, trusted, silence_max).with_here(here))
     }
 
     fn quic(&self, settings: QuicSettings, offer: Option<&LinkOffer>) -> Arc<dyn Link> {
-        let Reach { destination, expected, key, trusted, silence_max, .. } = self.clone();
-        let destination = match (destination.rsplit_once(':'), offer.and_then(|offer| offer.port)) {
+        let Reach { destination, expected, key, trusted, silence_max, here, .. } = self.clone();
+        let at_port = |one: &str| match (one.rsplit_once(':'), offer.and_then(|offer| offer.port)) {
             (Some((host, _)), Some(port)) => format!("{host}:{port}"),
-            _ => destination,
+            _ => one.to_owned(),
         };
-        Arc::new(QuicLink::new(destination, expected, key, trusted, silence_max, settings))
+        let destination = destination.split(',').map(at_port).collect::<Vec<_>>().join(",");
+        Arc::new(QuicLink::new(destination, expected, key, trusted, silence_max, settings).with_here(here))
     }
 
     /// The port of the destination's agent.

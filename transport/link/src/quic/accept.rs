@@ -10,6 +10,7 @@ use crate::control::{Control, Early};
 use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::{HostKey, SPKI_PREFIX};
+use crate::refusals::{self, Port, Why};
 use crate::room::{Shares, Sparing, SparingByAddress, Waiting};
 use crate::sessions::{FIRST_WORDS_MAX, Sessions};
 use crate::tls::{self, TlsError, TrustedHosts, Verifier};
@@ -76,7 +77,8 @@ impl QuicListener {
         allow: Arc<RwLock<AllowList>>,
     ) -> io::Result<QuicListener> {
         let counters = Arc::<QuicCounters>::default();
-        let gate = || Gate { allow: allow.clone(), counters: counters.clone() };
+        let (here, port) = (settings.here.clone(), address);
+        let gate = || Gate { allow: allow.clone(), here: here.clone(), port, counters: counters.clone() };
         let (crypto, _) = crypto(&key, &trusted).map_err(io::Error::other)?;
         let mut base = ServerConfig::with_crypto(crypto);
         // No tokens for later: an address shows anew each time that it is real.
@@ -137,6 +139,7 @@ impl QuicListener {
             let Some(incoming) = self.door.real(incoming) else { continue };
             let from = incoming.remote_address().ip();
             if waiting.make_room(from) {
+                refusals::count(Port::Quic, Why::Crowded);
                 self.door.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             if self.endpoint.open_connections() >= CONNECTIONS_MAX {
@@ -184,12 +187,11 @@ impl Door {
             let _ = incoming.retry();
             return None;
         }
-        if !self.gate.allows(from.ip()) {
+        if let Err(why) = self.gate.decide(from, incoming.local_ip()) {
+            refusals::count(Port::Quic, why);
             counters.refused_not_allowed.fetch_add(1, Ordering::Relaxed);
-            self.log.say(
-                from.ip(),
-                |unsaid| tracing::warn!(%from, unsaid, "a connection was refused: its address is not on the allow-list"),
-            );
+            let words = words_of(why);
+            self.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was refused: {words}"));
             incoming.refuse();
             return None;
         }
@@ -215,16 +217,16 @@ impl Door {
         let connection = match known {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => {
-                let (counter, error) = match verifier.seen() {
-                    Some(found) if !self.trusted.contains(found) => {
-                        (&counters.not_trusted, TlsError::SourceUntrusted(found).to_string())
-                    }
-                    _ => (&counters.broken, error.to_string()),
-                };
+                let untrusted = verifier.seen().filter(|found| !self.trusted.contains(*found));
+                let untrusted = untrusted.map(|found| TlsError::of(&self.trusted, found, TlsError::SourceUntrusted));
+                refusals::count(Port::Quic, untrusted.as_ref().map_or(Why::Handshake, TlsError::why));
+                let counter = if untrusted.is_some() { &counters.not_trusted } else { &counters.broken };
                 counter.fetch_add(1, Ordering::Relaxed);
+                let error = untrusted.map_or_else(|| error.to_string(), |error| error.to_string());
                 return self.log.say(from.ip(), |unsaid| tracing::warn!(%from, %error, unsaid, "a connection was refused"));
             }
             Err(_) => {
+                refusals::count(Port::Quic, Why::Slow);
                 counters.too_slow.fetch_add(1, Ordering::Relaxed);
                 let words = "a connection did not say who it is in time";
                 return self.log.say(from.ip(), |unsaid| tracing::info!(%from, unsaid, words));
@@ -268,9 +270,15 @@ impl Door {
         loop {
             tokio::select! {
                 opened = connection.accept_bi() => match opened {
+                    // What is open goes on to its end, by the rules of the migration that it belongs to.
+                    Ok(_) if !self.admits(&connection, peer) => {
+                        refusals::count(Port::Quic, Why::Withdrawn);
+                        tracing::warn!(peer = %peer, from = %address, "a stream was refused: its host is not allowed or trusted any more");
+                    }
                     Ok(stream) => {
                         used = Instant::now();
-                        let peer = Peer { id: peer, address: Some(address) };
+                        let local = self.gate.local(connection.local_ip());
+                        let peer = Peer { id: peer, address: Some(address), local };
                         tokio::spawn(let_in(stream, peer, sessions.clone(), uses.clone()));
                     }
                     Err(error) => return tracing::debug!(peer = %peer, %error, "a connection ended"),
@@ -281,12 +289,19 @@ impl Door {
                     }
                     if uses.count() > 0 {
                         used = Instant::now();
+                    } else if !self.admits(&connection, peer) {
+                        return connection.close(LEFT, b"this host is not allowed or trusted any more");
                     } else if used.elapsed() > self.settings.peer_silence_max {
                         return connection.close(LEFT, b"nothing goes on here");
                     }
                 }
             }
         }
+    }
+
+    /// Whether a connection may still ask for something new.
+    fn admits(&self, connection: &Connection, peer: HostId) -> bool {
+        self.trusted.contains(peer) && self.gate.decide(connection.remote_address(), connection.local_ip()).is_ok()
     }
 
     /// Follows the peer's address; false if it is one that is not allowed. The socket has dropped what came from such a one, so
@@ -296,11 +311,18 @@ impl Door {
         if now == *address {
             return true;
         }
-        let allowed = self.gate.allows(now.ip());
+        let allowed = self.gate.decide(now, connection.local_ip()).is_ok();
         self.gate.counters.address_changes.fetch_add(1, Ordering::Relaxed);
         tracing::info!(peer = %peer, before = %address, %now, allowed, "the source goes on from another address");
         *address = now;
         allowed
+    }
+}
+
+fn words_of(why: Why) -> &'static str {
+    match why {
+        Why::OwnAddress => "it came to an address of this host that takes no migrations (allow.here)",
+        _ => "its address is not on the allow-list",
     }
 }
 

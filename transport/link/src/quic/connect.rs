@@ -11,6 +11,7 @@ use crate::key::HostKey;
 use crate::lanes::LaneSender;
 use crate::sessions::{LANE_ANSWER_BYTES, parse_lane_answer};
 use crate::tls::{self, ALERT_ACCESS_DENIED, TlsError, TrustedHosts};
+use crate::ways::{Here, Way, ways};
 use crate::{Answer, Capabilities, ConnectError, Control, LaneMemory, Link};
 use limosa_proto::identity::HostId;
 use limosa_proto::wire::frame::LanePreamble;
@@ -35,6 +36,7 @@ pub struct QuicLink {
     trusted: TrustedHosts,
     silence_max: Duration,
     settings: QuicSettings,
+    here: Here,
     /// The first carries control.
     connections: Vec<Mutex<Option<Connected>>>,
 }
@@ -44,7 +46,7 @@ pub struct QuicLink {
 struct Connected {
     endpoint: Endpoint,
     connection: Connection,
-    address: SocketAddr,
+    way: Way,
 }
 
 /// A fresh bidirectional stream.
@@ -80,7 +82,13 @@ impl QuicLink {
         settings: QuicSettings,
     ) -> QuicLink {
         let connections = (0..settings.connection_count()).map(|_| Mutex::new(None)).collect();
-        QuicLink { destination, expected, key, trusted, silence_max, settings, connections }
+        QuicLink { destination, expected, key, trusted, silence_max, settings, here: Here::default(), connections }
+    }
+
+    /// The same from addresses of this host that `here` names.
+    #[must_use]
+    pub fn with_here(self, here: Here) -> QuicLink {
+        QuicLink { here, ..self }
     }
 
     /// Goes on from the address `address` of this host: every connection gets a new socket there. The destination looks the
@@ -127,23 +135,24 @@ impl QuicLink {
 
     /// Connects anew: to `known` where another connection has answered from there, or to the first address that answers. Also
     /// the connection's first stream.
-    async fn connect(&self, known: Option<SocketAddr>) -> Result<(Connected, Stream), ConnectError> {
+    async fn connect(&self, known: Option<Way>) -> Result<(Connected, Stream), ConnectError> {
         let doing = "connecting by QUIC";
-        let addresses: Vec<SocketAddr> = match known {
-            Some(address) => vec![address],
-            None => match tokio::time::timeout(self.settings.connect_max, tokio::net::lookup_host(&self.destination)).await {
-                Ok(found) => found
-                    .map_err(|error| ConnectError::Resolve { destination: self.destination.clone(), error })?
-                    .filter(|address| self.settings.source_address.is_none_or(|ours| ours.is_ipv4() == address.is_ipv4()))
-                    .collect(),
+        let usable = |way: &Way| self.settings.source_address.is_none_or(|ours| ours.is_ipv4() == way.to.is_ipv4());
+        let ways: Vec<Way> = match known {
+            Some(way) => vec![way],
+            None => match tokio::time::timeout(self.settings.connect_max, ways(&self.destination, &self.here)).await {
+                Ok(found) => {
+                    let found = found.map_err(|none| none.error(self.destination.clone()))?;
+                    found.into_iter().filter(usable).collect()
+                }
                 Err(_) => return Err(self.timeout("looking its name up", self.settings.connect_max)),
             },
         };
-        let share = self.settings.connect_max / u32::try_from(addresses.len()).unwrap_or(1).max(1);
+        let share = self.settings.connect_max / u32::try_from(ways.len()).unwrap_or(1).max(1);
         let mut failed =
             ConnectError::Unreachable { destination: self.destination.clone(), error: io::ErrorKind::AddrNotAvailable.into() };
-        for address in addresses {
-            match tokio::time::timeout(share, self.connect_to(address)).await {
+        for way in ways {
+            match tokio::time::timeout(share, self.connect_to(way)).await {
                 Ok(Ok(connected)) => return Ok(connected),
                 Ok(Err(error)) => failed = error,
                 Err(_) => failed = self.timeout(doing, self.settings.connect_max),
@@ -153,11 +162,12 @@ impl QuicLink {
     }
 
     /// Returns when both sides know who the other is: the destination gives no stream before.
-    async fn connect_to(&self, address: SocketAddr) -> Result<(Connected, Stream), ConnectError> {
+    async fn connect_to(&self, way: Way) -> Result<(Connected, Stream), ConnectError> {
         let unreachable = |error| ConnectError::Unreachable { destination: self.destination.clone(), error };
         let tls = |error| ConnectError::Tls { destination: self.destination.clone(), error };
+        let address = way.to;
         let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let from = SocketAddr::new(self.settings.source_address.unwrap_or(any), 0);
+        let from = SocketAddr::new(self.settings.source_address.or(way.from).unwrap_or(any), 0);
         let socket = Socket::new(socket::open(from, &self.settings).map_err(unreachable)?, None).map_err(unreachable)?;
         let endpoint = Endpoint::new_with_abstract_socket(settings::endpoint(), None, socket, Arc::new(TokioRuntime))
             .map_err(unreachable)?;
@@ -172,7 +182,7 @@ impl QuicLink {
         let connection = connecting.await.map_err(failed)?;
         let stream = connection.open_bi().await.map_err(failed)?;
         connection.set_send_window(self.settings.send_window(connection.rtt()));
-        Ok((Connected { endpoint, connection, address }, stream))
+        Ok((Connected { endpoint, connection, way }, stream))
     }
 
     /// Why there is no connection, in the link's words. `seen` is the key that the destination showed.
@@ -193,8 +203,10 @@ impl QuicLink {
             }
             ConnectionError::TransportError(wrong) if wrong.code == denied => {
                 let error = match seen {
-                    Some(found) if found != self.expected => TlsError::DestinationOther { expected: self.expected, found },
-                    Some(found) => TlsError::DestinationUntrusted(found),
+                    Some(found) if !self.trusted.same_host(found, self.expected) => {
+                        TlsError::DestinationOther { expected: self.expected, found }
+                    }
+                    Some(found) => TlsError::of(&self.trusted, found, TlsError::DestinationUntrusted),
                     None => TlsError::NoHostKey,
                 };
                 ConnectError::Tls { destination, error }
@@ -219,7 +231,7 @@ impl QuicLink {
     async fn stream(&self, lane: u16, doing: &'static str) -> Result<Stream, ConnectError> {
         let number = usize::from(lane) % self.connections.len().max(1);
         let answered = match self.connections.first() {
-            Some(first) if number > 0 => first.lock().await.as_ref().map(|connected| connected.address),
+            Some(first) if number > 0 => first.lock().await.as_ref().map(|connected| connected.way),
             _ => None,
         };
         let Some(place) = self.connections.get(number) else {

@@ -3,6 +3,8 @@
 
 use super::QuicCounters;
 use super::settings::{MTU_MAX, QuicSettings};
+use crate::refusals::{self, Port, Why};
+use crate::ways::Here;
 use limosa_proto::allow::AllowList;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
@@ -80,18 +82,31 @@ pub(super) fn route_mtu(to: SocketAddr) -> (Option<u16>, bool) {
 #[derive(Debug)]
 pub(super) struct Gate {
     pub(super) allow: Arc<RwLock<AllowList>>,
+    pub(super) here: Here,
+    /// Where the port is; unspecified: on all addresses of this host.
+    pub(super) port: SocketAddr,
     pub(super) counters: Arc<QuicCounters>,
 }
 
 impl Gate {
-    pub(super) fn allows(&self, address: IpAddr) -> bool {
-        self.allow.read().unwrap_or_else(PoisonError::into_inner).decide(address).allowed
+    /// Whether a connection from `peer` may be, to the address `local` of this host where the kernel tells it.
+    pub(super) fn decide(&self, peer: SocketAddr, local: Option<IpAddr>) -> Result<(), Why> {
+        if !self.allow.read().unwrap_or_else(PoisonError::into_inner).decide_socket(peer).allowed {
+            return Err(Why::PeerAddress);
+        }
+        if self.here.admits(self.local(local)) { Ok(()) } else { Err(Why::OwnAddress) }
+    }
+
+    /// The end of a connection here, if it is known.
+    pub(super) fn local(&self, told: Option<IpAddr>) -> Option<SocketAddr> {
+        let bound = Some(self.port.ip()).filter(|ip| !ip.is_unspecified());
+        told.or(bound).map(|ip| SocketAddr::new(ip, self.port.port()))
     }
 
     /// Whether a received batch may go on to quinn. From strangers only first packets may: they are answered by Retry and
     /// then by a refusal, and cannot move a connection.
-    fn admits(&self, from: IpAddr, batch: &[u8], stride: usize) -> bool {
-        self.allows(from) || batch.chunks(stride.max(1)).all(is_first)
+    fn admits(&self, (from, to): (SocketAddr, Option<IpAddr>), batch: &[u8], stride: usize) -> bool {
+        self.decide(from, to).is_ok() || batch.chunks(stride.max(1)).all(is_first)
     }
 }
 
@@ -147,7 +162,8 @@ impl Socket {
         let Some(gate) = &self.gate else { return };
         for (meta, buffer) in received.iter_mut().zip(buffers) {
             let batch = buffer.get(..meta.len).unwrap_or_default();
-            if !gate.admits(meta.addr.ip(), batch, meta.stride) {
+            if !gate.admits((meta.addr, meta.dst_ip), batch, meta.stride) {
+                refusals::count(Port::Quic, Why::Packet);
                 gate.counters.dropped_not_allowed.fetch_add(1, Ordering::Relaxed);
                 // An empty batch holds no packet.
                 meta.len = 0;
@@ -217,6 +233,8 @@ impl AsyncUdpSocket for Socket {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use limosa_proto::allow::NoNames;
+    use limosa_proto::here::HereList;
 
     fn initial(token: usize, payload: usize) -> Vec<u8> {
         let mut packet = vec![0xc3, 0, 0, 0, 1, 8];
@@ -248,8 +266,10 @@ mod tests {
     #[test]
     fn a_batch_of_strangers_goes_on_only_if_all_of_it_may() {
         let allow = Arc::new(RwLock::new(AllowList::new(&["10.0.0.0/8"]).unwrap().0));
-        let gate = Gate { allow, counters: Arc::default() };
-        let (known, stranger) = ("::ffff:10.1.2.3".parse().unwrap(), "192.0.2.1".parse().unwrap());
+        let port = "0.0.0.0:5".parse().unwrap();
+        let gate = Gate { allow, here: Here::default(), port, counters: Arc::default() };
+        let from = |text: &str| (text.parse().unwrap(), Some("10.9.9.9".parse().unwrap()));
+        let (known, stranger) = (from("[::ffff:10.1.2.3]:7"), from("192.0.2.1:7"));
         let (first, other) = (initial(0, 1000), vec![0x40; initial(0, 1000).len()]);
         let both = [first.clone(), other.clone()].concat();
         assert!(gate.admits(known, &other, other.len()));
@@ -257,5 +277,12 @@ mod tests {
         assert!(!gate.admits(stranger, &other, other.len()));
         assert!(!gate.admits(stranger, &both, first.len()));
         assert!(!gate.admits(stranger, &first, 0));
+        // To an address of this host that takes no migrations, a known one is a stranger.
+        let (list, _) = HereList::new(&[("10.8.0.0/16", 1)], &NoNames).unwrap();
+        gate.here.replace(list);
+        assert!(!gate.admits(known, &other, other.len()) && gate.admits(known, &first, first.len()));
+        assert!(gate.admits((known.0, Some("10.8.0.1".parse().unwrap())), &other, other.len()));
+        assert!(!gate.admits((known.0, None), &other, other.len()), "an address that is not known is not on a list");
+        assert_eq!(gate.decide(known.0, known.1), Err(Why::OwnAddress));
     }
 }

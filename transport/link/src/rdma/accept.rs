@@ -12,6 +12,7 @@ use super::request::{LaneRequest, derive, emit_refusal};
 use super::{ANSWER_BYTES, ANSWERS, MESSAGE_BYTES, NAME, RdmaError, RdmaRegistered, RdmaSettings, STEP_MAX, VERSION};
 use crate::direct::{Exposure, Fabric};
 use crate::driver::Cancel;
+use crate::refusals::{self, Port, Why};
 use crate::room::Sparing;
 use crate::sessions::Sessions;
 use limosa_proto::allow::AllowList;
@@ -135,29 +136,38 @@ impl RdmaListener {
 impl Gate {
     /// Decides about a connect request by what it says alone.
     fn admit(&self, request: &ConnectRequest) -> Result<(LaneRequest, Arc<Migration>), (Code, String)> {
-        let refused = |counter: &AtomicU64, code, words: String| {
+        let refused = |counter: &AtomicU64, why, code, words: String| {
+            refusals::count(Port::Rdma, why);
             counter.fetch_add(1, Ordering::Relaxed);
             Err((code, words))
         };
         let peer = request.peer().ip();
-        if !self.allow.read().unwrap_or_else(PoisonError::into_inner).decide(peer).allowed {
+        if !self.allow.read().unwrap_or_else(PoisonError::into_inner).decide_socket(request.peer()).allowed {
             let words = format!("{peer} is not on the allow-list");
-            return refused(&self.counters.refused_not_allowed, Code::NotAllowed, words);
+            return refused(&self.counters.refused_not_allowed, Why::PeerAddress, Code::NotAllowed, words);
+        }
+        if !self.settings.here.admits(request.local()) {
+            let to = request.local().map_or_else(|| "an unknown address".to_owned(), |local| local.ip().to_string());
+            let words = format!("{to} of the destination takes no migrations (allow.here there)");
+            return refused(&self.counters.refused_not_allowed, Why::OwnAddress, Code::NotAllowed, words);
         }
         let ends = [Some(peer), request.local().map(|local| local.ip())];
         if let Some(end) = ends.into_iter().flatten().find(|end| !self.settings.trusts(*end)) {
             let words = format!("{end} is not inside trusted_fabric ({})", self.settings.trusted_words());
-            return refused(&self.counters.refused_not_allowed, Code::PlaintextRefused, words);
+            return refused(&self.counters.refused_not_allowed, Why::Fabric, Code::PlaintextRefused, words);
         }
         let unknown = &self.counters.refused_unknown;
         match LaneRequest::parse(request.private_data()) {
-            None => refused(unknown, Code::Malformed, "that is no lane of Limosa".to_owned()),
-            Some(asked) if asked.version != VERSION => {
-                refused(unknown, Code::Version, format!("lanes of version {VERSION} are spoken here, not {}", asked.version))
-            }
+            None => refused(unknown, Why::Handshake, Code::Malformed, "that is no lane of Limosa".to_owned()),
+            Some(asked) if asked.version != VERSION => refused(
+                unknown,
+                Why::Handshake,
+                Code::Version,
+                format!("lanes of version {VERSION} are spoken here, not {}", asked.version),
+            ),
             Some(asked) => match self.fabric.find(&asked) {
                 Some(migration) => Ok((asked, migration)),
-                None => refused(unknown, Code::Violation, "no such migration waits for lanes".to_owned()),
+                None => refused(unknown, Why::Unknown, Code::Violation, "no such migration waits for lanes".to_owned()),
             },
         }
     }
@@ -193,6 +203,7 @@ impl Gate {
             Err((code, words)) => {
                 tracing::warn!(%from, lane, %code, words, "a lane was refused");
                 if code == Code::Violation {
+                    refusals::count(Port::Rdma, Why::Unknown);
                     self.counters.refused_unknown.fetch_add(1, Ordering::Relaxed);
                 }
                 request.reject(&emit_refusal(code, &words));

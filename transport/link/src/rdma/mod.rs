@@ -29,6 +29,7 @@ pub use limosa_verbs::counters;
 pub use limosa_verbs::{GidKind, GidReport, LinkLayer, PortReport, PortState};
 pub use work::{RdmaRegistered, RdmaWork};
 
+use crate::ways::Here;
 use limosa_proto::allow::AllowList;
 use limosa_verbs::{CompletionError, ListenError, PairSettings, PostError, Status, WaitError};
 use std::io;
@@ -64,6 +65,8 @@ pub struct RdmaSettings {
     pub trusted_fabric: AllowList,
     /// Whether guest memory is left unpinned where the device has on-demand paging; without that it is pinned all the same.
     pub on_demand: bool,
+    /// The addresses of this host that take migrations.
+    pub here: Here,
     /// Work requests that a lane may have under way: 16 to 16384. A run of pages is at least one.
     pub send_depth: u32,
     /// Messages that a destination can take per lane before it has looked at any, each 64 KiB: 4 to 1024.
@@ -81,6 +84,7 @@ impl Default for RdmaSettings {
         RdmaSettings {
             trusted_fabric: AllowList::default(),
             on_demand: false,
+            here: Here::default(),
             send_depth: 1024,
             head_buffers: 16,
             batch_bytes: 16 << 20,

@@ -37,14 +37,15 @@ impl Subject for Quic {
     const UNDER_WAY_MAX: Result<u64, NotApplicable> = Ok(12 << 20);
 
     async fn start(settings: ToySettings) -> Self {
-        let listener = settings.listener;
+        let listener = settings.listener.clone();
+        let silence = listener.peer_silence_max;
         let toy = Toy::start(settings).await;
         let (key, trusted, allow) = (toy.key.clone(), toy.trusted.clone(), toy.allow.clone());
         let any = "127.0.0.1:0".parse().unwrap();
         let port = QuicListener::bind(any, listener, QuicSettings::default(), key, trusted, allow).unwrap();
         let (address, stop) = (port.local_address().unwrap(), Cancel::new());
         tokio::spawn(port.serve(toy.sessions.clone(), stop.clone()));
-        Quic { toy, address, silence: listener.peer_silence_max, stop }
+        Quic { toy, address, silence, stop }
     }
 
     fn toy(&self) -> &Toy {

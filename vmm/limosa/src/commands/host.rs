@@ -1,7 +1,7 @@
-//! `limosa host id|show|cpu|trust|list|remove`: who this host is, which links and CPU it has, and whom it trusts.
+//! `limosa host …`: who this host is, which links and CPU it has, and whom it trusts. How a host is made trusted is in `trust`.
 
-use super::{Context, Ended, strange};
-use crate::args::HostCommand;
+use super::{Context, Ended, strange, trust};
+use crate::args_who::HostCommand;
 use crate::output;
 use limosa_agent::api::{Answer, HostCpuReport, HostInfo, HostReport, RdmaDevice, Request, exit};
 
@@ -11,10 +11,10 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         HostCommand::Show => Request::HostShow,
         HostCommand::Cpu => Request::HostCpu,
         HostCommand::List => Request::HostList,
-        HostCommand::Trust { name, id, address } => {
-            return context.ask_done(&Request::HostTrust(HostInfo { name, id, address }));
-        }
+        HostCommand::Trust(args) => return trust::run(context, args),
         HostCommand::Remove { name } => return context.ask_done(&Request::HostRemove { name }),
+        HostCommand::Revoke { which, undo, .. } => return context.ask_done(&Request::HostRevoke { which, undo }),
+        HostCommand::Revoked => Request::HostRevoked,
     };
     match context.ask(&request)? {
         Answer::Host(host) if context.json => output::json(&host),
@@ -26,6 +26,8 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         Answer::HostCpu(report) => show_cpu(&report),
         Answer::Hosts(hosts) if context.json => output::json(&hosts),
         Answer::Hosts(hosts) => table(hosts),
+        Answer::Keys(keys) if context.json => output::json(&keys),
+        Answer::Keys(keys) => keys.iter().for_each(output::line),
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)

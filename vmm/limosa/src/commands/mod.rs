@@ -1,4 +1,4 @@
-//! The commands, one file each. Most ask an agent and do nothing themselves; `allow`, `operator` and `ticket` need none.
+//! The commands, one file each. Most ask an agent and do nothing themselves; `operator` and `ticket` need none, nor does `allow --config`.
 
 pub(crate) mod agent;
 pub(crate) mod allow;
@@ -12,6 +12,7 @@ pub(crate) mod migrate;
 pub(crate) mod operator;
 pub(crate) mod order;
 pub(crate) mod ticket;
+pub(crate) mod trust;
 pub(crate) mod vm;
 
 use crate::args::Cli;
