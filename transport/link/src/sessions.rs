@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 /// Bytes of the answer to a lane's preamble: "LMSK", the code (0 is "come in"), two zeros.
 pub const LANE_ANSWER_BYTES: usize = 8;
 /// Control channels of one host that have begun no migration: it may ask as much at once, so that none holds what others need.
-const ASKING_OF_ONE_MAX: usize = 16;
+const ASKING_OF_ONE_MAX: usize = 32;
 const LANE_ANSWER_MAGIC: [u8; 4] = *b"LMSK";
 /// A new control channel must say its first words within this time.
 pub(crate) const FIRST_WORDS_MAX: Duration = Duration::from_secs(5);

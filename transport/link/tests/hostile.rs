@@ -169,7 +169,7 @@ async fn a_known_host_gets_its_share_of_channels_and_no_more() {
         let ended = tokio::time::timeout(BORNE_MAX, control.receive()).await.expect("neither answered nor closed");
         closed += usize::from(ended.is_err());
     }
-    assert!(closed >= 24, "{closed} of 40 were closed");
+    assert!(closed >= 8, "{closed} of 40 were closed");
     assert_eq!(ask_cpu(&*other.link(&toy)).await.unwrap().tsc_khz, 7, "another host has its own share");
     drop(held);
     let again = async { while ask_cpu(&*link).await.is_err() {} };

@@ -7,7 +7,7 @@
 use crate::counters::{Kind, Tally};
 use crate::domain::ProtectionDomain;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
@@ -124,6 +124,9 @@ impl Mapping {
         // SAFETY: a new mapping at an address that the kernel chooses takes no memory from anybody.
         let start = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, from) };
         let start = start.map_err(|error| MapError::Io { call: "mmap", error: error.into() })?;
+        // It is guest memory, and stays out of core dumps. A kernel that cannot do that maps it all the same.
+        // SAFETY: the range is the mapping that was just made, and the advice changes none of its contents.
+        let _ = unsafe { madvise(start, length.get(), MmapAdvise::MADV_DONTDUMP) };
         Ok(Arc::new(Mapping { start, bytes: length.get() }))
     }
 

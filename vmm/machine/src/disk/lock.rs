@@ -94,7 +94,8 @@ pub(crate) fn give_up(file: &File) -> Result<(), Errno> {
 
 /// Who has the lock that `file` cannot have, in words: a process of this host that can be seen, or "another host".
 pub(crate) fn holder(file: &File) -> String {
-    let unseen = "a process that cannot be seen from here, or another host";
+    // The agent's fence keeps processes that it did not start from being looked at.
+    let unseen = "a process that cannot be seen from here (`fuser` as root names it), or another host";
     let Ok(meta) = file.metadata() else { return unseen.into() };
     let mut looked = 0;
     let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -156,7 +157,10 @@ mod tests {
         give_up(&third).unwrap();
         drop(other);
         assert_eq!(take(&one, false, now), Ok(true), "a lock ends with its open file");
-        assert_eq!(holder(&open(&dir.path().join("free"))), "a process that cannot be seen from here, or another host");
+        assert_eq!(
+            holder(&open(&dir.path().join("free"))),
+            "a process that cannot be seen from here (`fuser` as root names it), or another host"
+        );
     }
 
     #[test]
