@@ -5,10 +5,11 @@ use crate::tls::TlsError;
 use limosa_proto::identity::HostId;
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// DER of an Ed25519 SubjectPublicKeyInfo up to the 32 bytes of the key (RFC 8410).
 pub(crate) const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
@@ -20,6 +21,8 @@ const KEY_FILE_BYTES_MAX: u64 = 4096;
 pub struct HostKey {
     pkcs8: Arc<[u8]>,
     id: HostId,
+    /// As rustls wants it, made when it is first needed: to make it costs as much as a signature, and a copy of the secret.
+    certified: Arc<OnceLock<Arc<CertifiedKey>>>,
 }
 
 /// Why there is no key.
@@ -142,14 +145,17 @@ impl HostKey {
         let format = || HostKeyError::Format { from: from.to_owned() };
         let pair = Ed25519KeyPair::from_pkcs8(bytes).map_err(|_| format())?;
         let id = HostId(pair.public_key().as_ref().try_into().map_err(|_| format())?);
-        Ok(HostKey { pkcs8: bytes.into(), id })
+        Ok(HostKey { pkcs8: bytes.into(), id, certified: Arc::default() })
     }
 
-    pub(crate) fn certified(&self) -> Result<Arc<rustls::sign::CertifiedKey>, TlsError> {
+    pub(crate) fn certified(&self) -> Result<Arc<CertifiedKey>, TlsError> {
+        if let Some(made) = self.certified.get() {
+            return Ok(made.clone());
+        }
         let der = PrivatePkcs8KeyDer::from(self.pkcs8.to_vec());
         let key = rustls::crypto::ring::sign::any_eddsa_type(&der)?;
         let public = CertificateDer::from([&SPKI_PREFIX[..], &self.id.0].concat());
-        Ok(Arc::new(rustls::sign::CertifiedKey::new(vec![public], key)))
+        Ok(self.certified.get_or_init(|| Arc::new(CertifiedKey::new(vec![public], key))).clone())
     }
 }
 
