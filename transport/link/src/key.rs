@@ -5,10 +5,11 @@ use crate::tls::TlsError;
 use limosa_proto::identity::HostId;
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use zeroize::Zeroizing;
 
 /// DER of an Ed25519 SubjectPublicKeyInfo up to the 32 bytes of the key (RFC 8410).
@@ -25,6 +26,8 @@ pub struct HostKey(Arc<RwLock<Secret>>);
 struct Secret {
     pkcs8: Arc<Zeroizing<Vec<u8>>>,
     id: HostId,
+    /// As rustls wants it, made when it is first needed: to make it costs as much as a signature, and a copy of the secret.
+    certified: Arc<OnceLock<Arc<CertifiedKey>>>,
 }
 
 /// Why there is no key.
@@ -158,15 +161,18 @@ impl HostKey {
         let pair = Ed25519KeyPair::from_pkcs8(bytes).map_err(|_| format())?;
         let id = HostId(pair.public_key().as_ref().try_into().map_err(|_| format())?);
         let pkcs8 = Arc::new(Zeroizing::new(bytes.to_vec()));
-        Ok(HostKey(Arc::new(RwLock::new(Secret { pkcs8, id }))))
+        Ok(HostKey(Arc::new(RwLock::new(Secret { pkcs8, id, certified: Arc::default() }))))
     }
 
-    pub(crate) fn certified(&self) -> Result<Arc<rustls::sign::CertifiedKey>, TlsError> {
+    pub(crate) fn certified(&self) -> Result<Arc<CertifiedKey>, TlsError> {
         let secret = self.secret();
+        if let Some(made) = secret.certified.get() {
+            return Ok(made.clone());
+        }
         let der = PrivatePkcs8KeyDer::from(secret.pkcs8.as_slice());
         let key = rustls::crypto::ring::sign::any_eddsa_type(&der)?;
         let public = CertificateDer::from([&SPKI_PREFIX[..], &secret.id.0].concat());
-        Ok(Arc::new(rustls::sign::CertifiedKey::new(vec![public], key)))
+        Ok(secret.certified.get_or_init(|| Arc::new(CertifiedKey::new(vec![public], key))).clone())
     }
 }
 

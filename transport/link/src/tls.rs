@@ -15,7 +15,7 @@ use rustls::server::{AlwaysResolvesServerRawPublicKeys, UnbufferedServerConnecti
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 /// Most bytes taken from a peer whose key is not known yet. A whole handshake has less than 2 KiB; buffers that double and rustls's
@@ -214,7 +214,13 @@ impl ClientCertVerifier for Verifier {
     }
 }
 
+/// The algorithms, made once: a stranger's handshake should cost as little as it can.
 fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(make_provider).clone()
+}
+
+fn make_provider() -> Arc<CryptoProvider> {
     use rustls::crypto::ring::cipher_suite::{
         TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
     };
