@@ -581,8 +581,10 @@ impl World {
         let agent = self.hosts[host].agent.as_ref().unwrap();
         let mut records = agent.journal.of(key.0, key.1);
         records.retain(|record| record.peer == host_id(peer));
-        let entry = agent.entry.clone();
-        let lives = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
+        // A VMM that is here speaks for the latest attempt alone.
+        let latest = records.last().is_some_and(|last| recovery::is_latest(agent.journal.records(), last));
+        let entry = agent.entry.clone().filter(|_| latest);
+        let lives = latest && self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
         let silent = lives.then_some(GuestHere { claimed: false, plugged: None });
         let here = entry.as_ref().map(|entry| GuestHere {
             claimed: entry.claim.is_some(),
@@ -611,7 +613,9 @@ impl World {
                 VerdictAnswer::Running
             }
             (Asked::Discard(note), Some(ready), _) if self.write(host, &note.of(ready)).is_ok() => {
-                self.end_here(host);
+                if latest {
+                    self.end_here(host);
+                }
                 VerdictAnswer::Discarded
             }
             _ => VerdictAnswer::Pending,
@@ -633,8 +637,9 @@ impl World {
                 return self.after(WAIT_INTERVAL, Item::Wait { host, incarnation, wait });
             }
             verdict => {
+                let latest = recovery::is_latest(agent.journal.records(), &record);
                 agent.waits.remove(&wait);
-                if again && verdict != DestinationVerdict::Running {
+                if again && latest && verdict != DestinationVerdict::Running {
                     self.end_here(host);
                 }
                 return;
@@ -659,8 +664,9 @@ impl World {
             return;
         }
         let records = agent.journal.of(migration, generation);
-        let plugged = agent.entry.as_ref().and_then(|entry| entry.plugged);
-        let lives = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
+        let latest = recovery::is_latest(agent.journal.records(), &record);
+        let plugged = agent.entry.as_ref().and_then(|entry| entry.plugged).filter(|_| latest);
+        let lives = latest && self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
         let says = plugged.map(|vmm| self.guest.vmms[vmm].state);
         let found = recovery::out_of_patience(&records, migration, generation, plugged.is_some(), says, lives, said);
         self.log(|| format!("host {host}: open is generation {}, the source said {said:?}: {found:?}", generation.0));
@@ -668,7 +674,7 @@ impl World {
             OutOfPatience::Settled | OutOfPatience::Wait(_) | OutOfPatience::MayHaveRun(_) => {}
             OutOfPatience::Running(note) => drop(self.write(host, &note.of(&record))),
             OutOfPatience::Discard(note) => {
-                if self.write(host, &note.of(&record)).is_ok() {
+                if self.write(host, &note.of(&record)).is_ok() && latest {
                     self.end_here(host);
                     self.hosts[host].process_file = None;
                 }

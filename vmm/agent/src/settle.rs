@@ -387,8 +387,11 @@ pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: Mi
                 continue;
             }
             let records = agent.journal().of(migration, generation);
+            // The VMM that is here now came by a later attempt.
+            let over = records.last().is_some_and(|last| !recovery::is_latest(agent.journal().records(), last));
             match commit::destination_verdict(&records, migration, generation) {
                 DestinationVerdict::Running => return,
+                DestinationVerdict::NoRecord | DestinationVerdict::Discarded if over => return,
                 DestinationVerdict::Undecided => {
                     records.iter().take(1).for_each(|ready| give_up(&agent, job, ready, &Heard::default()))
                 }
@@ -422,14 +425,17 @@ pub(crate) fn verdict(
     let mut records = agent.journal().of(migration, generation);
     records.retain(|record| record.peer == peer);
     let ready = records.last();
+    // A VMM that is here speaks for the latest attempt alone.
+    let latest = ready.is_some_and(|ready| recovery::is_latest(agent.journal().records(), ready));
+    let ready_vm = ready.filter(|_| latest);
     // One that has ended says nothing; `vmm_ended` does.
-    let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm)).filter(|vm| vm.is_claimed() || !vm.has_ended());
+    let vm = ready_vm.and_then(|ready| agent.vms.with_id(ready.vm)).filter(|vm| vm.is_claimed() || !vm.has_ended());
     let here = |vm: &Arc<Vm>| {
         let claimed = vm.is_claimed();
         GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
     };
     // A VMM that lives and is not plugged in yet does not say.
-    let silent = || ready.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
+    let silent = || ready_vm.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
     let guest = vm.as_ref().map(here).or_else(silent);
     let mut asked = recovery::asked(&records, migration, generation, released, guest);
     if agent.journal().is_broken() {
@@ -460,7 +466,9 @@ pub(crate) fn verdict(
             VerdictAnswer::Running
         }
         (Asked::Discard(given_up), Some(ready), _) if note(agent, ready, given_up) => {
-            end_vm(agent, ready.vm, false);
+            if latest {
+                end_vm(agent, ready.vm, false);
+            }
             close(agent, ready, given_up);
             VerdictAnswer::Discarded
         }
@@ -527,8 +535,11 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
         // Another attempt has this guest now, and its driver decides.
         return;
     }
+    // A VMM that is here speaks for the latest attempt alone.
+    let latest = recovery::is_latest(agent.journal().records(), ready);
+    let vm = vm.filter(|_| latest);
     let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
-    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), process_lives(agent, ready.vm));
+    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), latest && process_lives(agent, ready.vm));
     match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives, heard.said) {
         OutOfPatience::Settled => {}
         OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => {
@@ -540,8 +551,10 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
             failpoints::pass(Some(Point::DestinationRecoveryGivesUp));
             if note(agent, ready, given_up) {
                 failpoints::pass(Some(Point::DestinationRecoveryGivenUp));
-                end_vm(agent, ready.vm, false);
-                forget_process(agent, ready.vm);
+                if latest {
+                    end_vm(agent, ready.vm, false);
+                    forget_process(agent, ready.vm);
+                }
             }
         }
     }
