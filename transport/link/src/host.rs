@@ -199,6 +199,11 @@ pub trait Hosting: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Whether both keys are of one host, which has a new key since.
+    fn same_host(&self, one: HostId, other: HostId) -> bool {
+        one == other
+    }
+
     /// A trusted peer would like to send this guest. Must not block: looking closer is [`DestinationHost::check`]'s.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use crate::agent::Agent;
 use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Response};
 use crate::hosts::Host;
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, snapshot, trusting, verdict};
+use crate::{announcing, check, cpu, leaving, links, outgoing, pausing, rotation, snapshot, trusting, verdict};
 use limosa_announce::Announcer;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -48,7 +48,10 @@ pub(crate) async fn act(agent: &Arc<Agent>, request: Request, replies: &Replies,
         Request::HostTrustAll(all) => blocking(agent, move |agent| trusting::trust_all(agent, &all)).await,
         Request::HostRemove { name } => blocking(agent, move |agent| trusting::remove(agent, &name)).await,
         Request::HostRevoke { which, undo } => blocking(agent, move |agent| trusting::revoke(agent, &which, undo)).await,
-        Request::HostRevoked => Ok(Answer::Keys(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
+        Request::HostStatement { text } => blocking(agent, move |agent| trusting::statement(agent, &text)).await,
+        Request::HostRotate { overlap } => blocking(agent, move |agent| rotation::begin(agent, overlap)).await,
+        Request::HostRotateFinish => blocking(agent, |agent| rotation::finish(agent)).await,
+        Request::HostRevoked => Ok(Answer::Lines(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
         Request::Allow(request) => blocking(agent, move |agent| trusting::allow(agent, request)).await,
         Request::Migrate(request) => {
             if request.plan_only {

@@ -26,7 +26,7 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
-use limosa_proto::identity::{Generation, MigrationId, VmId};
+use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
 use limosa_proto::record::Record;
 use limosa_proto::recovery::Ended;
 use limosa_proto::wire::code::Code;
@@ -56,6 +56,10 @@ impl Hosting for Reception {
             Some(words) => Err(Refusal::one(Code::UnknownHost, words)),
             None => Ok(()),
         }
+    }
+
+    fn same_host(&self, one: HostId, other: HostId) -> bool {
+        self.0.hosts.trusted().same_host(one, other)
     }
 
     fn incoming(&self, peer: &Peer, header: &ControlHeader, hello: &Hello) -> Result<Incoming, Refusal> {

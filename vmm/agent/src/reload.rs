@@ -1,4 +1,5 @@
-//! Reading the configuration again without a restart: SIGHUP, and `limosa allow reload`. Only who may come is taken from it; a
+//! Reading the configuration again without a restart: SIGHUP, and `limosa allow reload`. Only who may come is taken from it: the
+//! allow-lists and the fleet's statements. A
 //! bad file is refused in words, and everything stays as it was.
 
 use crate::agent::Agent;
@@ -19,6 +20,9 @@ pub(crate) fn reload(agent: &Agent) -> Result<String, ApiError> {
     if let Some(words) = next.unresolved.first() {
         return Err(refused(words.clone()));
     }
+    // A bad one of the two changes neither: rules are read whole before they are taken, and statements are read first.
+    let warnings = agent.hosts.read_statements(&next.trust).map_err(|e| refused(e.to_string()))?;
+    warnings.iter().for_each(|words| tracing::warn!("{words}"));
     let before = agent.rules.reload(&next).map_err(|e| ApiError { words: format!("{}{kept}", e.words), ..e })?;
     let cut = cutting::cut(agent, Some(&before));
     let more = if others(&next) == others(&agent.config) {
@@ -35,9 +39,9 @@ pub(crate) fn reload(agent: &Agent) -> Result<String, ApiError> {
 /// Everything that is not taken, to be compared.
 fn others(config: &Config) -> String {
     let usual = Config::default();
-    let (allow, here, vmm_command) = (usual.allow, usual.here, usual.vmm_command);
+    let (allow, here, trust, vmm_command) = (usual.allow, usual.here, usual.trust, usual.vmm_command);
     let (warnings, unresolved) = (Vec::new(), Vec::new());
-    format!("{:?}", Config { allow, here, vmm_command, warnings, unresolved, ..config.clone() })
+    format!("{:?}", Config { allow, here, trust, vmm_command, warnings, unresolved, ..config.clone() })
 }
 
 /// Reloads whenever the process gets SIGHUP.

@@ -393,7 +393,9 @@ pub(crate) fn verdict(
     failpoints::pass(Some(Point::DestinationRecoveryAsked));
     let _one = deciding();
     let mut records = agent.journal().of(migration, generation);
-    records.retain(|record| record.peer == peer);
+    // It may have a new key since.
+    let trusted = agent.hosts.trusted();
+    records.retain(|record| trusted.same_host(record.peer, peer));
     let ready = records.last();
     // One that has ended says nothing; `vmm_ended` does.
     let vm = ready.and_then(|ready| agent.vms.with_id(ready.vm)).filter(|vm| vm.is_claimed() || !vm.has_ended());

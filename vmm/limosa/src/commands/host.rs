@@ -15,6 +15,11 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         HostCommand::Remove { name } => return context.ask_done(&Request::HostRemove { name }),
         HostCommand::Revoke { which, undo, .. } => return context.ask_done(&Request::HostRevoke { which, undo }),
         HostCommand::Revoked => Request::HostRevoked,
+        HostCommand::Rotate { finish: true, .. } => return context.ask_done(&Request::HostRotateFinish),
+        HostCommand::Rotate { overlap, .. } => {
+            output::note("limosa: on each host that trusts this one: `limosa host trust --statement LINE`, with this line");
+            Request::HostRotate { overlap: overlap.as_secs() }
+        }
     };
     match context.ask(&request)? {
         Answer::Host(host) if context.json => output::json(&host),
@@ -30,8 +35,8 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
             rows.extend(hosts.into_iter().map(|host| vec![host.name, host.address, host.id]));
             output::table(&rows);
         }
-        Answer::Keys(keys) if context.json => output::json(&keys),
-        Answer::Keys(keys) => keys.iter().for_each(output::line),
+        Answer::Lines(lines) if context.json => output::json(&lines),
+        Answer::Lines(lines) => lines.iter().for_each(output::line),
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)
