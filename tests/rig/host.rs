@@ -47,6 +47,8 @@ pub struct AgentConfig {
     pub quic: BTreeMap<String, String>,
     /// Keys of `[rdma]`.
     pub rdma: BTreeMap<String, String>,
+    /// Keys of `[trust]`.
+    pub trust: BTreeMap<String, String>,
     /// Keys of `[storage]`.
     pub storage: BTreeMap<String, String>,
     /// A folder that the agent and its VMMs see at the place of another: (which, where).
@@ -75,6 +77,7 @@ impl Default for AgentConfig {
             agent: BTreeMap::new(),
             quic: BTreeMap::new(),
             rdma: BTreeMap::new(),
+            trust: BTreeMap::new(),
             storage: BTreeMap::new(),
             bind: None,
             cpu: BTreeMap::new(),
@@ -107,6 +110,12 @@ impl AgentConfig {
     /// Sets one key of `[rdma]`.
     pub fn rdma(mut self, key: &str, value: impl ToString) -> AgentConfig {
         self.rdma.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    /// Sets one key of `[trust]`.
+    pub fn trust(mut self, key: &str, value: impl ToString) -> AgentConfig {
+        self.trust.insert(key.to_owned(), value.to_string());
         self
     }
 
@@ -198,6 +207,7 @@ impl AgentConfig {
             ("migration", &self.migration),
             ("quic", &self.quic),
             ("rdma", &self.rdma),
+            ("trust", &self.trust),
             ("storage", &self.storage),
             ("cpu", &self.cpu),
             ("tickets", &self.tickets),

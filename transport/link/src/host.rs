@@ -201,6 +201,11 @@ pub trait Hosting: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Whether both keys are of one host, which has a new key since.
+    fn same_host(&self, one: HostId, other: HostId) -> bool {
+        one == other
+    }
+
     /// A trusted peer would like to send this guest, and shows this ticket for it. Must not block: looking closer, at the ticket
     /// too, is [`DestinationHost::check`]'s.
     ///

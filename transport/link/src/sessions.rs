@@ -235,7 +235,7 @@ impl Sessions {
             }
             Message::VerdictAsk { released } => {
                 let into = match self.table().get(&(migration, generation)) {
-                    Some(entry) if entry.peer == peer.id => Some(entry.into.clone()),
+                    Some(entry) if self.0.hosting.same_host(entry.peer, peer.id) => Some(entry.into.clone()),
                     _ => None,
                 };
                 if let Some(into) = into {

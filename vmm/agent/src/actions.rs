@@ -5,7 +5,9 @@ use crate::api::{Answer, ApiError, HostInfo, JobInfo, JobState, Request, Respons
 use crate::audit::{Order, Who};
 use crate::hosts::Host;
 use crate::serve::Replies;
-use crate::{announcing, check, cpu, leaving, links, operators, outgoing, pausing, snapshot, tickets, trusting, verdict};
+use crate::{
+    announcing, check, cpu, leaving, links, operators, outgoing, pausing, rotation, snapshot, tickets, trusting, verdict,
+};
 use limosa_announce::Announcer;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -70,7 +72,10 @@ async fn carry_out(
         Request::HostTrustAll(all) => blocking(agent, move |agent| trusting::trust_all(agent, &all)).await,
         Request::HostRemove { name } => blocking(agent, move |agent| trusting::remove(agent, &name)).await,
         Request::HostRevoke { which, undo } => blocking(agent, move |agent| trusting::revoke(agent, &which, undo)).await,
-        Request::HostRevoked => Ok(Answer::Keys(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
+        Request::HostStatement { text } => blocking(agent, move |agent| trusting::statement(agent, &text)).await,
+        Request::HostRotate { overlap } => blocking(agent, move |agent| rotation::begin(agent, overlap)).await,
+        Request::HostRotateFinish => blocking(agent, |agent| rotation::finish(agent)).await,
+        Request::HostRevoked => Ok(Answer::Lines(agent.hosts.revoked().iter().map(ToString::to_string).collect())),
         Request::Allow(request) => blocking(agent, move |agent| trusting::allow(agent, request)).await,
         Request::Parties { vm, to } => {
             blocking(agent, move |agent| tickets::parties(agent, &vm, &to).map(|found| Answer::Parties(Box::new(found)))).await

@@ -80,6 +80,9 @@ impl Agent {
             journal::open(&config.state_dir, metrics.journal_sync()).map_err(|e| refused(journal_words(&e)))?;
         let key = own_key(&config.state_dir).map_err(|e| refused(e.to_string()))?;
         let hosts = Hosts::open(&config.state_dir).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
+        // A file that is not there yet keeps no agent from its start: it only trusts fewer.
+        let nobody = |e| vec![format!("the fleet's statements are not read, and nobody is trusted by them: {e}")];
+        warnings.extend(hosts.read_statements(&config.trust).unwrap_or_else(nobody));
         let (rules, said) = Rules::open(&config).map_err(|e| ApiError::usage("rule", e.to_string()))?;
         warnings.extend(said);
         let operators = Operators::new(config.operators.clone());

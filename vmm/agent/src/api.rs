@@ -101,6 +101,18 @@ pub enum Request {
     },
     /// The keys that are revoked.
     HostRevoked,
+    /// A signed statement about a host's new key.
+    HostStatement {
+        /// One line.
+        text: String,
+    },
+    /// Begin to replace this host's own key; answers with the statement for the others.
+    HostRotate {
+        /// How long the old key is good beside the new one, in seconds.
+        overlap: u64,
+    },
+    /// Take the new key now.
+    HostRotateFinish,
     /// About the allow-lists.
     Allow(AllowRequest),
     /// The trusted hosts.
@@ -616,8 +628,8 @@ pub enum Answer {
     Announced(Vec<String>),
     /// What is known.
     Verdict(VerdictInfo),
-    /// Keys.
-    Keys(Vec<String>),
+    /// Keys, or statements about them.
+    Lines(Vec<String>),
     /// About the allow-lists.
     Allow(Box<AllowAnswer>),
     /// Something was done, in words.

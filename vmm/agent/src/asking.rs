@@ -67,7 +67,7 @@ pub(crate) async fn released(agent: &Agent, ready: &JournalRecord) -> Result<Rel
 /// Source: a destination asks.
 pub(crate) fn answer(agent: &Agent, peer: HostId, migration: MigrationId, generation: Generation) -> ReleasedAnswer {
     let with_peer = |mut records: Vec<JournalRecord>| {
-        records.retain(|record| record.peer == peer);
+        records.retain(|record| agent.hosts.trusted().same_host(record.peer, peer));
         records
     };
     // An engine's job is there before its first record, and until its last.

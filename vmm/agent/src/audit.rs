@@ -333,6 +333,9 @@ fn told(request: &Request) -> Option<Line> {
         Request::HostRevoke { which, undo } => {
             Line { to: Some(which.clone()), ..order(if *undo { "host-unrevoke" } else { "host-revoke" }) }
         }
+        Request::HostStatement { text } => Line { what: Some(text.clone()), ..order("host-statement") },
+        Request::HostRotate { overlap } => Line { what: Some(format!("overlap {overlap} s")), ..order("host-rotate") },
+        Request::HostRotateFinish => order("host-rotate-finish"),
         Request::Allow(asked) if asked.changes() => Line { what: serde_json::to_string(asked).ok(), ..order("allow") },
         Request::Cancel { id } => Line { job: Some(*id), ..order("cancel") },
         Request::Verdict { id, decide: Some(decide) } => {

@@ -10,6 +10,7 @@ use limosa_link::quic::{Congestion, QuicSettings};
 use limosa_proto::allow::AllowList;
 use limosa_proto::cpu;
 use limosa_proto::here::HereList;
+use limosa_proto::identity::FleetId;
 use limosa_proto::precopy::NoConvergence;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -113,6 +114,15 @@ pub struct Cpu {
     pub vcpus_max: Option<u32>,
 }
 
+/// Who vouches for hosts, beside those that a person has named.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TrustConfig {
+    /// The fleet's key; none: nobody.
+    pub fleet: Option<FleetId>,
+    /// The file with its statements, one a line; none: there are none.
+    pub statements: Option<PathBuf>,
+}
+
 /// The whole configuration, validated.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -130,6 +140,8 @@ pub struct Config {
     pub allow: AllowList,
     /// Which addresses of this host take migrations.
     pub here: HereList,
+    /// Who vouches for hosts.
+    pub trust: TrustConfig,
     /// Names in rules that could not be looked up, in words.
     pub unresolved: Vec<String>,
     /// Networks by name.
@@ -201,6 +213,7 @@ impl Default for Config {
             file: None,
             allow: AllowList::default(),
             here: HereList::default(),
+            trust: TrustConfig::default(),
             unresolved: Vec::new(),
             networks: Vec::new(),
             migration: Migration::default(),
@@ -248,6 +261,11 @@ impl Config {
             }
             if let Some(section) = root.section("allow") {
                 config.read_allow(section);
+            }
+            if let Some(mut section) = root.section("trust") {
+                config.trust.fleet = section.parsed("fleet", "what `limosa fleet id` prints");
+                config.trust.statements = section.string("statements").map(PathBuf::from);
+                section.close();
             }
             config.read_networks(root.sections("network"));
             if let Some(section) = root.section("migration") {

@@ -4,10 +4,11 @@
 
 use crate::api::HostInfo;
 use crate::checked::{ConfigError, Problems, Section, read_text};
-use crate::config::{DEFAULT_PORT, NAME_WANTS, plain_name};
+use crate::config::{DEFAULT_PORT, NAME_WANTS, TrustConfig, plain_name};
 use crate::durable::replace_file;
 use limosa_link::{HostKey, HostKeyError, Trust, TrustedHosts};
 use limosa_proto::identity::HostId;
+use limosa_proto::statement::{Member, Statement, Succession};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,8 @@ const HOSTS_MAX: usize = 4096;
 
 /// Most keys that are revoked.
 const REVOKED_MAX: usize = 65_536;
+/// Former keys of one host that are remembered.
+const FORMER_MAX: usize = 4;
 /// Most addresses of one host.
 const ADDRESSES_MAX: usize = 8;
 
@@ -29,9 +32,26 @@ pub struct Host {
     pub id: HostId,
     /// Where its agent listens: `address:port` or `name:port`, or several with commas between.
     pub address: String,
+    /// Its keys before, the oldest first.
+    pub former: Vec<FormerKey>,
+    /// The second since 1970 after which its fleet does not vouch for it any more; none: a person has named it.
+    pub until: Option<u64>,
+}
+
+/// A key that a host had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FormerKey {
+    /// The key.
+    pub id: HostId,
+    /// The last second since 1970 in which it is good.
+    pub until: u64,
 }
 
 impl Host {
+    fn had(&self, id: HostId) -> bool {
+        self.id == id || self.former.iter().any(|former| former.id == id)
+    }
+
     /// As commands are told.
     #[must_use]
     pub fn info(self) -> HostInfo {
@@ -50,14 +70,59 @@ pub struct Hosts {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Table {
     hosts: BTreeMap<String, Host>,
+    /// Hosts that the fleet vouches for, as the configuration's file has them: not kept here.
+    members: BTreeMap<String, Host>,
     revoked: BTreeSet<HostId>,
 }
 
 impl Table {
     /// What links check keys against.
     fn trust(&self) -> Trust {
-        let keys = self.hosts.values().map(|host| (host.id, None)).collect();
-        Trust { keys, revoked: self.revoked.clone(), ..Trust::default() }
+        let mut trust = Trust { revoked: self.revoked.clone(), ..Trust::default() };
+        for host in self.all() {
+            for (before, after) in host.former.iter().zip(host.former.iter().map(|key| key.id).skip(1).chain([host.id])) {
+                let until = host.until.map_or(before.until, |until| until.min(before.until));
+                trust.keys.entry(before.id).or_insert(Some(until));
+                trust.successors.insert(before.id, after);
+            }
+            // A person's word is not bounded by the fleet's.
+            let until = trust.keys.get(&host.id).map_or(host.until, |known| known.and(host.until));
+            trust.keys.insert(host.id, until);
+        }
+        trust
+    }
+
+    /// Those that a person has named, and the fleet's others.
+    fn all(&self) -> impl Iterator<Item = &Host> {
+        let others = self.members.values().filter(|member| !self.hosts.contains_key(&member.name));
+        self.hosts.values().chain(others.filter(|member| !self.hosts.values().any(|host| host.had(member.id))))
+    }
+
+    /// Notes a host's new key. False if it is known. Gives the host's name too.
+    fn succeed(&mut self, said: &Succession) -> Result<(String, bool), HostsError> {
+        let bad = |words: String| Err(HostsError::Bad(words));
+        let Succession { old, new, until } = *said;
+        if self.revoked.contains(&old) || self.revoked.contains(&new) {
+            return bad("one of its keys is revoked here: its word does not count".into());
+        }
+        let other = self.all().find(|host| host.had(new) && !host.had(old)).map(|host| host.name.clone());
+        if let Some(other) = other {
+            return bad(format!("the new key is already known as that of \"{other}\""));
+        }
+        let whose = |host: &&mut Host| host.had(old);
+        let host = self.hosts.values_mut().find(whose).or_else(|| self.members.values_mut().find(whose));
+        let Some(host) = host else { return bad(format!("no host with the key {old} is trusted here")) };
+        if host.had(new) {
+            return Ok((host.name.clone(), false));
+        }
+        if host.id != old {
+            return bad(format!("{} has a newer key already, {}", host.name, host.id));
+        }
+        host.former.push(FormerKey { id: old, until });
+        let spare = host.former.len().saturating_sub(FORMER_MAX);
+        host.former.drain(..spare);
+        host.id = new;
+        Ok((host.name.clone(), true))
     }
 
     /// Takes a host in; the same name again changes its key and addresses.
@@ -79,7 +144,11 @@ impl Table {
         if self.hosts.len() >= HOSTS_MAX {
             return bad(format!("{HOSTS_MAX} hosts are trusted already"));
         }
-        let host = Host { name: info.name.clone(), id, address };
+        let mut host = Host { name: info.name.clone(), id, address, former: Vec::new(), until: None };
+        // The same key with another address: what is known of its keys stays.
+        if let Some(known) = self.hosts.get(&info.name).filter(|known| known.id == id) {
+            host.former.clone_from(&known.former);
+        }
         self.hosts.insert(host.name.clone(), host.clone());
         Ok(host)
     }
@@ -131,19 +200,19 @@ impl Hosts {
     /// All hosts by name.
     #[must_use]
     pub fn all(&self) -> Vec<Host> {
-        self.lock().hosts.values().cloned().collect()
+        self.lock().all().cloned().collect()
     }
 
     /// The host called `name`.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<Host> {
-        self.lock().hosts.get(name).cloned()
+        self.lock().all().find(|host| host.name == name).cloned()
     }
 
-    /// The host with this key.
+    /// The host that has or had this key.
     #[must_use]
     pub fn with_id(&self, id: HostId) -> Option<Host> {
-        self.lock().hosts.values().find(|host| host.id == id).cloned()
+        self.lock().all().find(|host| host.had(id)).cloned()
     }
 
     /// Its name if it has one here, else its identity.
@@ -203,14 +272,17 @@ impl Hosts {
     pub fn revoke(&self, which: &str) -> Result<HostId, HostsError> {
         let mut table = self.lock();
         let mut next = table.clone();
-        let id = match (table.hosts.get(which), which.parse::<HostId>()) {
-            (Some(host), _) => host.id,
-            (None, Ok(id)) => id,
+        let named = table.all().find(|host| host.name == which);
+        let (id, all) = match (named, which.parse::<HostId>()) {
+            // Of a host all keys: which of them was lost nobody says.
+            (Some(host), _) => (host.id, host.former.iter().map(|key| key.id).collect()),
+            (None, Ok(id)) => (id, Vec::new()),
             (None, Err(error)) => return Err(HostsError::Bad(format!("no host is called \"{which}\" here, and {error}"))),
         };
         if !next.revoked.insert(id) {
             return Err(HostsError::Bad(format!("the key {id} is revoked already")));
         }
+        next.revoked.extend(all);
         if next.revoked.len() > REVOKED_MAX {
             return Err(HostsError::Bad(format!("{REVOKED_MAX} keys are revoked already")));
         }
@@ -229,6 +301,64 @@ impl Hosts {
             return Err(HostsError::Bad(format!("the key {id} is not revoked; `limosa host revoked` shows which are")));
         }
         self.keep(&mut table, next)
+    }
+
+    /// Takes a host's new key, durably. Gives the host's name.
+    ///
+    /// # Errors
+    /// Nobody trusted has the old key, one of them is revoked, or the file cannot be written.
+    pub fn succeed(&self, said: &Succession) -> Result<String, HostsError> {
+        let mut table = self.lock();
+        let mut next = table.clone();
+        let (name, new) = next.succeed(said)?;
+        if new {
+            self.keep(&mut table, next)?;
+        }
+        Ok(name)
+    }
+
+    /// Reads the statements of a fleet, and of hosts about their new keys. Gives what should be said about them.
+    ///
+    /// # Errors
+    /// The file cannot be read, a line is no statement, or what it says cannot be kept: nothing is changed.
+    pub fn read_statements(&self, config: &TrustConfig) -> Result<Vec<String>, HostsError> {
+        let bad = |words: String| HostsError::Bad(words);
+        let mut warnings = Vec::new();
+        let (mut members, mut successions) = (BTreeMap::new(), Vec::new());
+        if let Some(file) = &config.statements {
+            let whole = read_text(file).map_err(|e| bad(e.to_string()))?;
+            for (number, line) in (1..).zip(whole.lines()) {
+                if line.trim().is_empty() || line.starts_with('#') {
+                    continue;
+                }
+                let wrong = |words: String| bad(format!("{}:{number}: {words}", file.display()));
+                match Statement::parse(line, config.fleet).map_err(|e| wrong(e.to_string()))? {
+                    Statement::Succession(said) => successions.push((number, said)),
+                    Statement::Member(Member { host, name, address, not_after }) => {
+                        if !plain_name(&name) || with_ports(&address).as_ref() != Some(&address) {
+                            return Err(wrong(format!("{name:?} at {address:?} is no host")));
+                        }
+                        let member = Host { name: name.clone(), id: host, address, former: Vec::new(), until: Some(not_after) };
+                        // Of two statements the one that holds longer.
+                        let known = members.get(&name).is_some_and(|known: &Host| known.until >= member.until);
+                        if !known {
+                            members.insert(name, member);
+                        }
+                    }
+                }
+            }
+        }
+        let mut table = self.lock();
+        let mut next = Table { members, ..table.clone() };
+        for (number, said) in successions {
+            if let Err(error) = next.succeed(&said) {
+                warnings.push(format!("the statement in line {number} about the key {} says nothing here: {error}", said.old));
+            }
+        }
+        if next != *table {
+            self.keep(&mut table, next)?;
+        }
+        Ok(warnings)
     }
 
     /// All keys that are revoked.
@@ -258,8 +388,12 @@ fn text(table: &Table) -> String {
         let ids: Vec<String> = table.revoked.iter().map(|id| format!("    \"{id}\",\n")).collect();
         text.push_str(&format!("\nrevoked = [\n{}]\n", ids.concat()));
     }
-    for Host { name, id, address } in table.hosts.values() {
+    for Host { name, id, address, former, .. } in table.hosts.values() {
         text.push_str(&format!("\n[[host]]\nname = \"{name}\"\nid = \"{id}\"\naddress = \"{address}\"\n"));
+        if !former.is_empty() {
+            let key = |key: &FormerKey| format!("{{ id = \"{}\", until = {} }}", key.id, key.until);
+            text.push_str(&format!("former = [{}]\n", former.iter().map(key).collect::<Vec<_>>().join(", ")));
+        }
     }
     text
 }
@@ -306,12 +440,29 @@ fn hosts_of(root: &mut Section<'_, '_>) -> Vec<Host> {
         let id = section.parsed::<HostId>("id", "what `limosa host id` prints on that host");
         let address = section.string("address").and_then(|address| with_ports(&address));
         match (name, id, address) {
-            (Some(name), Some(id), Some(address)) => hosts.push(Host { name, id, address }),
+            (Some(name), Some(id), Some(address)) => {
+                let former = former_of(&mut section);
+                hosts.push(Host { name, id, address, former, until: None });
+            }
             _ => section.problem("name", "is not a whole host", "name, id and address are needed"),
         }
         section.close();
     }
     hosts
+}
+
+fn former_of(host: &mut Section<'_, '_>) -> Vec<FormerKey> {
+    let mut former = Vec::new();
+    for mut section in host.sections("former") {
+        let id = section.parsed::<HostId>("id", "a host id");
+        let until = section.integer("until", 0..=i64::MAX.unsigned_abs());
+        match id.zip(until) {
+            Some((id, until)) => former.push(FormerKey { id, until }),
+            None => section.problem("id", "is not a whole key", "id and until are needed"),
+        }
+        section.close();
+    }
+    former
 }
 
 /// Each of the addresses with the default port if it has none; none if one of them is no address.
@@ -422,6 +573,32 @@ mod tests {
             read_file(&dir.path().join("hosts.toml")).unwrap(),
             hosts.all().into_iter().map(Host::info).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn a_new_key_is_kept_and_the_host_stays_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let hosts = Hosts::open(dir.path()).unwrap();
+        let key = |number: u8| HostId([number; 32]);
+        let said = |old, new, until| Succession { old: key(old), new: key(new), until };
+        hosts.trust_all(&[info("beta", 1, "10.0.0.2"), info("gamma", 5, "10.0.0.3")]).unwrap();
+        let soon = crate::jobs::unix_ms() / 1000 + 1000;
+        assert_eq!(hosts.succeed(&said(1, 2, soon)).unwrap(), "beta");
+        assert_eq!(hosts.succeed(&said(1, 2, soon)).unwrap(), "beta", "told twice it is the same");
+        hosts.succeed(&said(2, 3, 7)).unwrap();
+        for bad in [said(9, 8, soon), said(3, 5, soon), said(2, 4, soon)] {
+            assert!(hosts.succeed(&bad).is_err(), "{bad:?}");
+        }
+        let hosts = Hosts::open(dir.path()).unwrap();
+        let trusted = hosts.trusted();
+        // The first is good for a while, the second's time is over, the third is the key.
+        assert_eq!([1, 2, 3].map(|number| trusted.contains(key(number))), [true, false, true]);
+        assert!(trusted.same_host(key(1), key(3)) && !trusted.same_host(key(1), key(5)));
+        assert_eq!((hosts.named("beta").unwrap().id, hosts.shown(key(1))), (key(3), "beta".to_owned()));
+        // Of a host that is named all keys are revoked, and a revoked key names no successor.
+        hosts.revoke("beta").unwrap();
+        assert_eq!([1, 2, 3].map(|number| hosts.trusted().contains(key(number))), [false; 3]);
+        assert!(hosts.succeed(&said(3, 4, soon)).unwrap_err().to_string().contains("revoked"));
     }
 
     #[test]

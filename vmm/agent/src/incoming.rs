@@ -30,7 +30,7 @@ use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
 use limosa_proto::event::{DestinationConfig, DestinationOutcome};
-use limosa_proto::identity::{Generation, MigrationId, Nonce, VmId};
+use limosa_proto::identity::{Generation, HostId, MigrationId, Nonce, VmId};
 use limosa_proto::record::Record;
 use limosa_proto::recovery::Ended;
 use limosa_proto::ticket::{Action, TicketBytes};
@@ -61,6 +61,10 @@ impl Hosting for Reception {
             Some(words) => Err(Refusal::one(Code::UnknownHost, words)),
             None => Ok(()),
         }
+    }
+
+    fn same_host(&self, one: HostId, other: HostId) -> bool {
+        self.0.hosts.trusted().same_host(one, other)
     }
 
     fn incoming(

@@ -77,6 +77,11 @@ impl OperatorKey {
         &self.0
     }
 
+    /// Signs `message`, as [`HostKey::sign`].
+    pub(crate) fn sign(&self, message: &[u8]) -> Result<[u8; 64], HostKeyError> {
+        self.0.sign(message)
+    }
+
     /// Makes a ticket with a new nonce.
     ///
     /// # Errors

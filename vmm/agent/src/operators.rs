@@ -257,6 +257,9 @@ impl Operator {
             | Request::HostTrustAll(_)
             | Request::HostRemove { .. }
             | Request::HostRevoke { .. }
+            | Request::HostStatement { .. }
+            | Request::HostRotate { .. }
+            | Request::HostRotateFinish
             | Request::Allow(_) => (Action::Trust, self.may(Action::Trust, host)),
             Request::VmShow { vm } => (Show, self.may_with(Show, vm, host)),
             Request::VmStop { vm } => (Stop, self.may_with(Stop, vm, host)),

@@ -1,6 +1,6 @@
-//! Reading the configuration again without a restart: SIGHUP, and `limosa allow reload`. Only who may, the allow-lists and the
-//! operators, is taken from it; a
-//! bad file is refused in words, and everything stays as it was.
+//! Reading the configuration again without a restart: SIGHUP, and `limosa allow reload`. Only who may is taken from it: the
+//! allow-lists, the fleet's statements, the operators. A bad
+//! file is refused in words, and everything stays as it was.
 
 use crate::agent::Agent;
 use crate::api::ApiError;
@@ -25,6 +25,9 @@ pub(crate) fn reload(agent: &Agent) -> Result<String, ApiError> {
     if let Some(both) = Operators::new(next.operators.clone()).both(hosts) {
         return Err(refused(format!("the key of operator {} is a host's: an operator needs a key of its own", both.name)));
     }
+    // A bad one of the two changes neither: rules are read whole before they are taken, and statements are read first.
+    let warnings = agent.hosts.read_statements(&next.trust).map_err(|e| refused(e.to_string()))?;
+    warnings.iter().for_each(|words| tracing::warn!("{words}"));
     let before = agent.rules.reload(&next).map_err(|e| ApiError { words: format!("{}{kept}", e.words), ..e })?;
     agent.operators.replace(next.operators.clone());
     let cut = cutting::cut(agent, Some(&before));
@@ -45,9 +48,9 @@ pub(crate) fn reload(agent: &Agent) -> Result<String, ApiError> {
 /// Everything that is not taken, to be compared.
 fn others(config: &Config) -> String {
     let usual = Config::default();
-    let (allow, here, vmm_command) = (usual.allow, usual.here, usual.vmm_command);
+    let (allow, here, trust, vmm_command) = (usual.allow, usual.here, usual.trust, usual.vmm_command);
     let (warnings, unresolved, operators) = (Vec::new(), Vec::new(), Vec::new());
-    format!("{:?}", Config { allow, here, vmm_command, warnings, unresolved, operators, ..config.clone() })
+    format!("{:?}", Config { allow, here, trust, vmm_command, warnings, unresolved, operators, ..config.clone() })
 }
 
 /// Reloads whenever the process gets SIGHUP.

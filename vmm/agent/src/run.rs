@@ -5,7 +5,7 @@ use crate::agent::Agent;
 use crate::api::{ApiError, Direction};
 use crate::config::Config;
 use crate::incoming::Reception;
-use crate::{disks, links, metrics, reload, serve, settle, vms};
+use crate::{disks, links, metrics, reload, rotation, serve, settle, vms};
 use limosa_link::Cancel;
 use limosa_plug::PlugListener;
 use std::sync::Arc;
@@ -48,6 +48,7 @@ async fn live(agent: &Arc<Agent>) -> Result<(), ApiError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed("SIGTERM".into(), e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed("SIGINT".into(), e))?;
     reload::on_hangup(agent)?;
+    rotation::watch(agent);
     let stop = Cancel::new();
     let sessions = links::listen(agent, Arc::new(Reception(Arc::clone(agent))), &stop)?;
     agent.metrics.watch_sessions(sessions.clone());

@@ -423,7 +423,9 @@ pub(crate) fn verdict(
     failpoints::pass(Some(Point::DestinationRecoveryAsked));
     let _one = deciding();
     let mut records = agent.journal().of(migration, generation);
-    records.retain(|record| record.peer == peer);
+    // It may have a new key since.
+    let trusted = agent.hosts.trusted();
+    records.retain(|record| trusted.same_host(record.peer, peer));
     let ready = records.last();
     // A VMM that is here speaks for the latest attempt alone.
     let latest = ready.is_some_and(|ready| recovery::is_latest(agent.journal().records(), ready));

@@ -8,7 +8,9 @@ use crate::hosts::{HostsError, with_ports};
 use crate::{cutting, reload};
 use limosa_link::ask_key;
 use limosa_proto::identity::HostId;
+use limosa_proto::statement::Statement;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 fn refused(error: HostsError) -> ApiError {
     ApiError::refused("host", error.to_string())
@@ -84,6 +86,20 @@ pub(crate) fn revoke(agent: &Agent, which: &str, undo: bool) -> Result<Answer, A
     }
     let id = agent.hosts.revoke(which).map_err(refused)?;
     done(agent, format!("the key {id} is revoked: it is refused from now on, trusted or not"))
+}
+
+/// What a statement says of a trusted host's new key.
+pub(crate) fn statement(agent: &Agent, text: &str) -> Result<Answer, ApiError> {
+    let bad = |words: String| ApiError::refused("statement", words);
+    let said = Statement::parse(text, agent.config.trust.fleet).map_err(|e| bad(e.to_string()))?;
+    let Statement::Succession(said) = said else {
+        let words = "it is a fleet's, and those are read from the file that [trust] statements names: add it there, then `limosa allow reload`";
+        return Err(bad(words.into()));
+    };
+    let name = agent.hosts.succeed(&said).map_err(|e| bad(e.to_string()))?;
+    let until = UNIX_EPOCH + Duration::from_secs(said.until);
+    let left = until.duration_since(SystemTime::now()).unwrap_or_default().as_secs();
+    done(agent, format!("{name} has a new key, {}; its old one is good for {left} s more", said.new))
 }
 
 /// What is asked about the lists.

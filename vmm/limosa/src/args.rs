@@ -1,6 +1,6 @@
 //! The command line as typed. Nothing is resolved or done here: `plan` and `commands` do that.
 
-use crate::args_who::{AllowCommand, HostCommand};
+use crate::args_who::{AllowCommand, FleetCommand, HostCommand};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use limosa_agent::checked::parse_size;
 use limosa_proto::identity::{HostId, OperatorId, VmId};
@@ -111,6 +111,9 @@ pub(crate) enum Command {
     /// The rules that say from which addresses hosts may connect, and which addresses of this host take migrations
     #[command(subcommand)]
     Allow(AllowCommand),
+    /// A fleet's key, which vouches for its hosts. Needs no agent
+    #[command(subcommand)]
+    Fleet(FleetCommand),
     /// Who you are as an operator, and which hosts you know
     #[command(subcommand)]
     Operator(OperatorCommand),
@@ -572,6 +575,10 @@ mod tests {
             "host trust a b c d",
             "host trust --file x y",
             "host revoke",
+            "host rotate --overlap soon",
+            "host trust a --statement x",
+            "fleet id",
+            "fleet sign a b c --key k",
             "ticket make --source x --destination y --vm z",
             "ticket make --vms web-*",
             "ticket verify",

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 use limosa_proto::identity::HostId;
 use std::path::PathBuf;
+use std::time::Duration;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum HostCommand {
@@ -31,17 +32,31 @@ pub(crate) enum HostCommand {
     },
     /// List the keys that are revoked
     Revoked,
+    /// Replace this host's own key: prints the statement for the hosts that trust it (`limosa host trust --statement`)
+    Rotate {
+        /// How long the old key is good beside the new one
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "7d")]
+        overlap: Duration,
+        /// Take the new key now: when all hosts have the statement
+        #[arg(long, overrides_with = "no_finish")]
+        finish: bool,
+        #[arg(long, hide = true)]
+        no_finish: bool,
+    },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct TrustArgs {
     /// NAME ID ADDRESS, or NAME ADDRESS, or ADDRESS: what to call it here, what `limosa host id` prints there, and where its
     /// agent listens (ADDRESS or ADDRESS:PORT, several with commas between)
-    #[arg(value_name = "NAME ID ADDRESS", num_args = 1..=3, required_unless_present = "file")]
+    #[arg(value_name = "NAME ID ADDRESS", num_args = 1..=3, required_unless_present_any = ["file", "statement"])]
     pub(crate) words: Vec<String>,
     /// Trust all hosts of this file, or none: `[[host]]` tables with name, id and address
     #[arg(long, value_name = "HOSTS", conflicts_with_all = ["words", "fingerprint", "yes"])]
     pub(crate) file: Option<PathBuf>,
+    /// Take a trusted host's new key, by the line that `limosa host rotate` printed there; - reads standard input
+    #[arg(long, value_name = "LINE", conflicts_with_all = ["words", "file", "fingerprint", "yes"])]
+    pub(crate) statement: Option<String>,
     /// The id that the host that is asked must show; nobody is asked then
     #[arg(long, value_name = "ID")]
     pub(crate) fingerprint: Option<HostId>,
@@ -89,6 +104,37 @@ pub(crate) enum AllowCommand {
     },
     /// Read the lists of the configuration again, as SIGHUP does; a bad file changes nothing
     Reload,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FleetCommand {
+    /// Show the fleet's id, for `[trust] fleet` of its hosts; the first time, make its key
+    Id {
+        #[command(flatten)]
+        key: FleetKeyFile,
+    },
+    /// Print a line for the file that `[trust] statements` of the hosts names: that a host is a member for a time
+    Sign {
+        /// What the fleet calls the host
+        name: String,
+        /// What `limosa host id` prints there
+        id: HostId,
+        /// Where its agent listens: ADDRESS or ADDRESS:PORT, several with commas between
+        #[arg(value_name = "ADDRESS[:PORT]")]
+        address: String,
+        /// For how long
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "90d")]
+        life: Duration,
+        #[command(flatten)]
+        key: FleetKeyFile,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FleetKeyFile {
+    /// The fleet's key: whoever has that file decides who is in the fleet
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -57,6 +57,7 @@ fn run(context: &Context, command: Command) -> Ended {
         Command::Verdict(args) => commands::jobs::verdict(context, args),
         Command::Announce { vm } => commands::announce::run(context, vm),
         Command::Allow(command) => commands::allow::run(context, command),
+        Command::Fleet(command) => commands::fleet::run(context, command),
         Command::Operator(command) => commands::operator::run(context, command),
         Command::Ticket(command) => commands::ticket::run(context, command),
         Command::Demo(args) => demo::run(context, &args),

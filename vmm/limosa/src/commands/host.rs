@@ -15,6 +15,11 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         HostCommand::Remove { name } => return context.ask_done(&Request::HostRemove { name }),
         HostCommand::Revoke { which, undo, .. } => return context.ask_done(&Request::HostRevoke { which, undo }),
         HostCommand::Revoked => Request::HostRevoked,
+        HostCommand::Rotate { finish: true, .. } => return context.ask_done(&Request::HostRotateFinish),
+        HostCommand::Rotate { overlap, .. } => {
+            output::note("limosa: on each host that trusts this one: `limosa host trust --statement LINE`, with this line");
+            Request::HostRotate { overlap: overlap.as_secs() }
+        }
     };
     match context.ask(&request)? {
         Answer::Host(host) if context.json => output::json(&host),
@@ -26,8 +31,8 @@ pub(crate) fn run(context: &Context, command: HostCommand) -> Ended {
         Answer::HostCpu(report) => show_cpu(&report),
         Answer::Hosts(hosts) if context.json => output::json(&hosts),
         Answer::Hosts(hosts) => table(hosts),
-        Answer::Keys(keys) if context.json => output::json(&keys),
-        Answer::Keys(keys) => keys.iter().for_each(output::line),
+        Answer::Lines(lines) if context.json => output::json(&lines),
+        Answer::Lines(lines) => lines.iter().for_each(output::line),
         other => return Err(strange(&other)),
     }
     Ok(exit::DONE)

@@ -1,10 +1,11 @@
-//! The commands, one file each. Most ask an agent and do nothing themselves; `operator` and `ticket` need none, nor does `allow --config`.
+//! The commands, one file each. Most ask an agent and do nothing themselves; `fleet`, `operator` and `ticket` need none, nor does `allow --config`.
 
 pub(crate) mod agent;
 pub(crate) mod allow;
 pub(crate) mod announce;
 pub(crate) mod check;
 pub(crate) mod console;
+pub(crate) mod fleet;
 pub(crate) mod host;
 pub(crate) mod jobs;
 pub(crate) mod manual;

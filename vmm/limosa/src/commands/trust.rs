@@ -6,8 +6,10 @@ use crate::args_who::TrustArgs;
 use crate::output;
 use limosa_agent::api::{Answer, ApiError, HostInfo, Request};
 use limosa_agent::hosts::read_file;
-use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 
+/// Most that is read of standard input.
+const LINE_BYTES_MAX: u64 = 4096;
 /// Letters of an id that are shown together.
 const GROUP: usize = 4;
 
@@ -15,6 +17,10 @@ pub(crate) fn run(context: &Context, args: TrustArgs) -> Ended {
     if let Some(file) = &args.file {
         let hosts = read_file(file).map_err(|e| ApiError::usage("hosts", e.to_string()))?;
         return context.ask_done(&Request::HostTrustAll(hosts));
+    }
+    if let Some(statement) = args.statement {
+        let text = if statement == "-" { read_line()? } else { statement };
+        return context.ask_done(&Request::HostStatement { text });
     }
     let TrustArgs { words, fingerprint, yes, .. } = args;
     match words.as_slice() {
@@ -29,6 +35,12 @@ pub(crate) fn run(context: &Context, args: TrustArgs) -> Ended {
         [address] => by_address(context, None, address, fingerprint.map(|id| id.to_string()).as_deref(), yes),
         _ => Err(ApiError::usage("host", "NAME ID ADDRESS, NAME ADDRESS or ADDRESS is needed")),
     }
+}
+
+fn read_line() -> Result<String, ApiError> {
+    let mut line = String::new();
+    let read = std::io::stdin().lock().take(LINE_BYTES_MAX).read_line(&mut line);
+    read.map(|_| line).map_err(|e| ApiError::usage("input", format!("standard input: {e}")))
 }
 
 /// Asks the host for its key, and a person whether it is the right one.
