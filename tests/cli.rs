@@ -98,9 +98,9 @@ fn a_bad_configuration_is_told_whole_with_file_and_line() -> Result<()> {
     config_error(dir, "[migration]\nlanes = 99\n", 2, &["99", "16"])?;
     config_error(dir, "[agent\n", 1, &[])?;
     // Every problem at once, not the first only.
-    let both = "[allow]\npeers = [\"nonsense\"]\n\n[migration]\nlanes = 0\n";
-    config_error(dir, both, 2, &["nonsense", "lanes"])?;
-    config_error(dir, both, 5, &["nonsense", "lanes"])?;
+    let both = "[allow]\npeers = [\"no rule!\"]\n\n[migration]\nlanes = 0\n";
+    config_error(dir, both, 2, &["no rule!", "lanes"])?;
+    config_error(dir, both, 5, &["no rule!", "lanes"])?;
     let missing = dir.join("not-there.toml").to_string_lossy().into_owned();
     limosa(&["agent", "--config", &missing])?.expect_code(2)?.expect_words(&missing)?;
     Ok(())

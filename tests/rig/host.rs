@@ -157,7 +157,7 @@ impl AgentConfig {
 
     /// Has the agent listen on every address of the host.
     pub fn listens_everywhere(mut self) -> AgentConfig {
-        self.listen = Some(format!("0.0.0.0:{PORT}"));
+        self.listen = Some(format!("[\"0.0.0.0:{PORT}\"]"));
         self
     }
 

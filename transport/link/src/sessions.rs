@@ -194,6 +194,14 @@ impl Sessions {
                 }
                 Err(_) => return tracing::info!(peer = %peer.id, "a control channel said nothing"),
             };
+            if let Err(refusal) = sessions.0.hosting.admits(&peer) {
+                tracing::warn!(peer = %peer.id, words = refusal.words(), "a host was let in and is not any more");
+                let answer = match message {
+                    Message::Hello(_) => Message::Refuse(refusal),
+                    _ => Message::Abort { code: refusal.code, words: refusal.words() },
+                };
+                return say(&control, header.migration, header.generation, &answer);
+            }
             sessions.first(peer, control, share, (header, message), ticket).await;
         });
     }
@@ -207,14 +215,6 @@ impl Sessions {
         ticket: Option<TicketBytes>,
     ) {
         let (migration, generation) = (header.migration, header.generation);
-        if let Err(refusal) = self.0.hosting.admits(&peer) {
-            tracing::warn!(peer = %peer.id, words = refusal.words(), "a host was let in and is not any more");
-            let answer = match message {
-                Message::Hello(_) => Message::Refuse(refusal),
-                _ => Message::Abort { code: refusal.code, words: refusal.words() },
-            };
-            return say(&control, migration, generation, &answer);
-        }
         match message {
             Message::Hello(hello) => {
                 let begun = self.place(peer.id, migration, generation).and_then(|(place, arrivals)| {

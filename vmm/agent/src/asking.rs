@@ -52,11 +52,12 @@ pub(crate) async fn released(agent: &Agent, ready: &JournalRecord) -> Result<Rel
     let host = agent.hosts.with_id(ready.peer);
     let host = host.ok_or_else(|| format!("the source {} is not trusted here any more: `limosa host trust` it", ready.peer))?;
     let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
-    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence);
+    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence).with_here(agent.rules.here());
     let asked = ask_released(&link, ready.migration, ready.generation).await;
     // The guest may have come by QUIC because TCP is blocked.
     if matches!(asked, Err(AskError::Connect(_))) && agent.config.quic.enabled {
-        let link = QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings);
+        let link =
+            QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings).with_here(agent.rules.here());
         if let Ok(answer) = ask_released(&link, ready.migration, ready.generation).await {
             return Ok(answer);
         }

@@ -7,6 +7,7 @@ use crate::durable::replace_file;
 use crate::jobs::unix_ms;
 use crate::journal::sync_directory;
 use limosa_link::HostKey;
+use limosa_proto::identity::HostId;
 use limosa_proto::statement::{Statement, Succession};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -92,6 +93,11 @@ pub(crate) fn begin(agent: &Agent, overlap: u64) -> Result<Answer, ApiError> {
     replace_file(&file, format!("{text}\n{switch}\n").as_bytes()).map_err(failed(&file))?;
     tracing::warn!(old = %said.old, new = %said.new, until = said.until, "this host's key is being replaced");
     Ok(Answer::Lines(vec![text]))
+}
+
+/// Whether `id` is the key that this host is about to take: hosts that were told know it by that.
+pub(crate) fn is_next(agent: &Agent, id: HostId) -> bool {
+    pending(&agent.config.state_dir).is_ok_and(|pending| pending.is_some_and(|pending| pending.said.new == id))
 }
 
 /// Takes the new key now.

@@ -9,6 +9,7 @@ use crate::api::{ApiError, HostInfo, MigrateRequest, Parties};
 use crate::checked::Section;
 use crate::hosts::Host;
 use crate::journal::sync_directory;
+use crate::rotation;
 use limosa_proto::identity::{HostId, MigrationId, Nonce, VmId};
 use limosa_proto::ticket::{
     self, Action, Context, Grant, Operator, SKEW_DEFAULT_S, SKEW_MAX_S, SpentNonces, Ticket, TicketBytes, TicketRefusal, verify,
@@ -252,9 +253,10 @@ pub(crate) fn admit(
         );
         return Err(refused(("ticket-missing".into(), words)));
     };
+    let (source, own) = as_named(agent, arrival.source, ticket);
     let asked = Asked {
-        here: agent.key.id(),
-        source: arrival.source,
+        here: own,
+        source,
         vm: vm.id,
         vm_name: &vm.name,
         action: arrival.action,
@@ -279,6 +281,16 @@ pub(crate) fn admit(
     let (from, nonce) = (agent.hosts.shown(arrival.source), grant.nonce);
     tracing::info!(operator = grant.operator, from, vm = vm.name, action = %grant.action, %nonce, "a ticket was accepted");
     Ok(grant.single_use.then_some(nonce))
+}
+
+/// The source that has proved `shown`, and this host, by the keys that the ticket names them by: a host that gets a new key has two
+/// for a while, and is the same host.
+fn as_named(agent: &Agent, shown: HostId, ticket: &TicketBytes) -> (HostId, HostId) {
+    let own = agent.key.id();
+    let Ok(ticket) = ticket.parse() else { return (shown, own) };
+    let (source, destination) = (ticket.claims().source, ticket.claims().destination);
+    let source = if agent.hosts.trusted().same_host(source, shown) { source } else { shown };
+    (source, if rotation::is_next(agent, destination) { destination } else { own })
 }
 
 /// A refusal for this reason.
