@@ -10,6 +10,7 @@ use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{Hello, Message, VmDescription};
 use rig::command::{Output, limosa};
 use rig::operator::Operator;
+use rig::process::wait_for;
 use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, bail, ensure, with_bare_lab, with_lab};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +38,14 @@ impl<'a> Source<'a> {
 
     /// Presents a ticket (as text, or as bytes that are none) and a guest, in migration `number`. What the destination says.
     fn presents(&self, ticket: Option<TicketBytes>, vm: &str, number: u8) -> Result<Message> {
+        // The attempt before it under the same number may be on its way out still.
+        wait_for(Duration::from_secs(10), "an answer other than busy", || {
+            let said = self.presents_once(ticket.clone(), vm, number)?;
+            Ok(Some(said).filter(|said| !matches!(said, Message::Refuse(refusal) if refusal.code == Code::Busy)))
+        })
+    }
+
+    fn presents_once(&self, ticket: Option<TicketBytes>, vm: &str, number: u8) -> Result<Message> {
         let hello = hello(vm.parse()?)?;
         let (migration, generation) = (MigrationId([number; 16]), Generation(u64::from(number)));
         let link = self.link();

@@ -53,6 +53,7 @@ fn a_host_gets_a_new_key_while_its_old_one_still_works() {
         lab.b.restart_agent()?;
         lab.a.stop_agent()?;
         lab.a.restart_agent()?;
+        lab.a.wait_knows("web", true)?;
         there_and_back(lab, "tcp")?;
         println!("{}", lab.a.limosa(&["host", "rotate", "--finish"])?.expect_code(0)?.stdout);
         let new = lab.a.id()?;

@@ -208,7 +208,10 @@ fn a_kill_at_the_commit_is_seen_on_both_sides_and_ends_with_the_restart() {
         running.wait(SOON)?.expect_code(4)?;
         lab.a.restart_agent()?;
         in_doubt(&lab.a)?;
-        ensure!(seen(&lab.a, "restarted before the destination")?.contains("in doubt:"));
+        // The journal knows its id; its VMM, which comes back, its name.
+        wait_for(SOON, "the guest's name", || Ok(lab.a.jobs()?.iter().any(|job| job["vm"] == "web").then_some(())))?;
+        let after = seen(&lab.a, "restarted before the destination")?;
+        ensure!(after.contains("in doubt:") && after.contains("web"), "{after}");
         lab.b.restart_agent()?;
         lab.guest_is_on(guest, &lab.b, &lab.a)?;
         let settled = |host: &Host| Ok(host.jobs()?.iter().all(|job| job["state"] != "in_doubt").then_some(()));

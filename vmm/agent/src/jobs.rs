@@ -4,7 +4,7 @@
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::cutting::Other;
 use limosa_link::Cancel;
-use limosa_proto::identity::{Generation, MigrationId};
+use limosa_proto::identity::{Generation, MigrationId, VmId};
 use limosa_proto::report::Report;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -127,6 +127,15 @@ impl Jobs {
     pub fn update(&self, id: u64, change: impl FnOnce(&mut JobInfo)) {
         if let Some(entry) = self.lock().jobs.get_mut(&id) {
             change(&mut entry.info);
+        }
+        self.tell();
+    }
+
+    /// The guest with this id is called so: jobs that an earlier agent's journal left know its id only.
+    pub fn name(&self, vm: VmId, name: &str) {
+        let vm = vm.to_string();
+        for entry in self.lock().jobs.values_mut().filter(|entry| entry.info.vm == vm) {
+            name.clone_into(&mut entry.info.vm);
         }
         self.tell();
     }

@@ -143,7 +143,6 @@ fn bind_rdma(agent: &Agent, allow: &Arc<RwLock<AllowList>>) -> Result<(RdmaListe
     };
     let listener = RdmaListener::bind(SocketAddr::new(any, port), rdma_settings(agent), Arc::clone(allow));
     let listener = listener.map_err(|e| e.to_string())?;
-    agent.metrics.watch(Door::Rdma(listener.counters()));
     let (port, fabric) = (listener.local_address().port(), listener.fabric());
     Ok((RdmaListening { listener }, port, fabric))
 }

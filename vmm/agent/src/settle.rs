@@ -88,10 +88,11 @@ impl Ready {
 
 fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> u64 {
     let vm = record.vm.to_string();
+    let name = agent.vms.with_id(record.vm).map_or_else(|| vm.clone(), |known| known.name.clone());
     let (id, _) = agent.jobs.begin(|id| JobInfo {
         state: JobState::InDoubt,
         words: "the agent was restarted in the middle of the commit".into(),
-        ..JobInfo::begun(id, direction, &vm, &vm, agent.hosts.shown(record.peer)).of(record.migration, record.generation)
+        ..JobInfo::begun(id, direction, &name, &vm, agent.hosts.shown(record.peer)).of(record.migration, record.generation)
     });
     id
 }

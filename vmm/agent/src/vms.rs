@@ -469,6 +469,7 @@ fn adopt(agent: &Arc<Agent>, vm: &Arc<Vm>, connection: Arc<PlugConnection>, seri
         _ => VmState::Paused,
     };
     tracing::info!(vm = vm.name, id = %vm.id, pid = hello.pid, state = hello.state.words(), "a VMM has plugged in");
+    agent.jobs.name(vm.id, &vm.name);
     if hello.state == Plugged::Loaded {
         vm.set_may_have_run(false);
     }

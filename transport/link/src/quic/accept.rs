@@ -143,6 +143,7 @@ impl QuicListener {
                 self.door.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             }
             if self.endpoint.open_connections() >= CONNECTIONS_MAX {
+                refusals::count(Port::Quic, Why::Crowded);
                 self.door.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
                 log.say(|unsaid| tracing::warn!(unsaid, "a connection was closed: there are {CONNECTIONS_MAX} already"));
                 // Let in and dropped, it is told so; refused, it would think that its address is not allowed.
@@ -205,7 +206,8 @@ impl Door {
         let (connecting, verifier) = match self.begin(incoming) {
             Ok(begun) => begun,
             Err(error) => {
-                counters.not_trusted.fetch_add(1, Ordering::Relaxed);
+                refusals::count(Port::Quic, Why::Handshake);
+                counters.broken.fetch_add(1, Ordering::Relaxed);
                 return tracing::warn!(%from, %error, "a connection was refused");
             }
         };
@@ -233,10 +235,12 @@ impl Door {
             }
         };
         let Some(peer) = peer_of(&connection) else {
+            refusals::count(Port::Quic, Why::Key);
             counters.not_trusted.fetch_add(1, Ordering::Relaxed);
             return tracing::warn!(%from, "a connection was refused: its peer showed no host key");
         };
         let Some(share) = self.shares.take(peer) else {
+            refusals::count(Port::Quic, Why::Crowded);
             counters.crowded_out.fetch_add(1, Ordering::Relaxed);
             self.log.say(
                 from.ip(),

@@ -21,7 +21,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Names and values of labels. Values come from fixed lists: no peer makes a new one.
@@ -30,45 +30,18 @@ type Labels = Vec<(&'static str, String)>;
 /// The links that are told apart; a peer may name any.
 const LINKS: [&str; 3] = ["tcp", "quic", "rdma"];
 
-/// The counters of an open port.
+/// The counters of an open port; what was refused there is counted for the whole process (`limosa_link::refusals`).
 #[derive(Debug, Clone)]
 pub(crate) enum Door {
     Tcp(Arc<ListenerCounters>),
     Quic(Arc<QuicCounters>),
-    #[cfg(feature = "rdma")]
-    Rdma(Arc<limosa_link::rdma::RdmaCounters>),
 }
 
 impl Door {
-    /// What was refused there, by reason.
-    fn refusals(&self) -> Vec<(&'static str, &AtomicU64)> {
-        match self {
-            Door::Tcp(of) => vec![
-                ("address", &of.not_allowed),
-                ("key", &of.not_trusted),
-                ("handshake", &of.broken),
-                ("crowded", &of.crowded_out),
-                ("too-slow", &of.too_slow),
-            ],
-            Door::Quic(of) => vec![
-                ("address", &of.refused_not_allowed),
-                ("moved-address", &of.dropped_not_allowed),
-                ("key", &of.not_trusted),
-                ("handshake", &of.broken),
-                ("crowded", &of.crowded_out),
-                ("too-slow", &of.too_slow),
-            ],
-            #[cfg(feature = "rdma")]
-            Door::Rdma(of) => vec![("address", &of.refused_not_allowed), ("lane", &of.refused_unknown)],
-        }
-    }
-
     fn waiting(&self) -> u64 {
         match self {
             Door::Tcp(of) => of.waiting.load(Ordering::Relaxed),
             Door::Quic(of) => of.waiting.load(Ordering::Relaxed),
-            #[cfg(feature = "rdma")]
-            Door::Rdma(_) => 0,
         }
     }
 }
@@ -82,6 +55,7 @@ pub(crate) struct Metrics {
     downtime: Histogram,
     network_gap: Histogram,
     refusals: Family<Labels, Counter>,
+    port_refusals: Family<Labels, Counter>,
     journal_sync: Histogram,
     journal_broken: Gauge,
     lanes: Gauge,
@@ -121,6 +95,7 @@ impl Metrics {
             downtime: Histogram::new(milliseconds()),
             network_gap: Histogram::new(milliseconds()),
             refusals: Family::default(),
+            port_refusals: Family::default(),
             journal_sync: Histogram::new(exponential_buckets(0.0001, 2.0, 15)),
             journal_broken: Gauge::default(),
             lanes: Gauge::default(),
@@ -145,7 +120,8 @@ impl Metrics {
         to.register_with_unit("migration_downtime", "How long guests stood still", Unit::Seconds, self.downtime.clone());
         let gap = "From the pause until the guest answered from its new host";
         to.register_with_unit("migration_network_gap", gap, Unit::Seconds, self.network_gap.clone());
-        to.register("refusals", "Peers, guests and users that were not let in, by reason", self.refusals.clone());
+        to.register("refusals", "Guests, orders and users that were refused, by reason", self.refusals.clone());
+        to.register("port_refusals", "Peers that were not let in, by link and reason", self.port_refusals.clone());
         to.register_with_unit(
             "journal_sync",
             "How long the disk took to make a record durable",
@@ -184,7 +160,7 @@ impl Metrics {
         self.links.lock().unwrap_or_else(PoisonError::into_inner).insert(job, named(link));
     }
 
-    /// Somebody was not let in.
+    /// A guest, an order or a user was refused.
     pub(crate) fn refused(&self, reason: &'static str) {
         self.refusals.get_or_create(&vec![("reason", reason.to_owned())]).inc();
     }
@@ -224,12 +200,9 @@ impl Metrics {
     fn look(&self, agent: &Agent) {
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut refused: HashMap<&'static str, u64> = HashMap::new();
-        for (reason, count) in doors.iter().flat_map(Door::refusals) {
-            *refused.entry(reason).or_default() += count.load(Ordering::Relaxed);
-        }
-        for (reason, count) in refused {
-            self.refusals.get_or_create(&vec![("reason", reason.to_owned())]).inner().store(count, Ordering::Relaxed);
+        for (link, reason, count) in limosa_link::refusals::all() {
+            let labels = vec![("link", link.to_owned()), ("reason", reason.to_owned())];
+            self.port_refusals.get_or_create(&labels).inner().store(count, Ordering::Relaxed);
         }
         let waiting: u64 = doors.iter().map(Door::waiting).sum();
         self.peers_waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
