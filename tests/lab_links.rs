@@ -235,8 +235,10 @@ fn rdma_is_chosen_first_where_both_have_it(alpha: &Station<'_>, beta: &Station<'
 /// The fabric is cut in mid-round: the guest runs on at the source, and the next migration is whole.
 fn a_cut_of_the_fabric_leaves_the_guest_here(alpha: &Station<'_>, beta: &Station<'_>) -> Result<()> {
     let binary = limosa_bin()?.display().to_string();
-    let line =
-        format!("{} --run-dir {RUN}/run --key {OPERATOR_KEY} --json migrate rover --to beta --link rdma --bandwidth 2MB/s", shell_quoted(&binary));
+    let line = format!(
+        "{} --run-dir {RUN}/run --key {OPERATOR_KEY} --json migrate rover --to beta --link rdma --bandwidth 2MB/s",
+        shell_quoted(&binary)
+    );
     let mut moving = alpha.machine.task(&["sh", "-c", &line]).limit(MIGRATION).spawn()?;
     let before = alpha.counter("sent_pkts")?;
     wait_for(SHORT, "pages by RDMA", || Ok((alpha.counter("sent_pkts")? > before + 200).then_some(())))?;
