@@ -22,6 +22,9 @@ const BUFFER_BYTES: usize = 32 << 10;
 /// A peer that acknowledges nothing for this long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
 
+/// How long the reason is waited for why nothing can be said any more.
+const ALERT_MAX: Duration = Duration::from_secs(1);
+
 /// Who would like to command this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller {
@@ -53,7 +56,12 @@ pub(crate) fn channel(stream: TcpStream, (sealer, opener): (Sealer, Opener), ear
     tokio::spawn(async move {
         let error = tokio::select! {
             error = open_all(plain, to) => error,
-            () = seal_all(from, write, sealer) => ControlError::Closed,
+            () = async {
+                if !seal_all(from, write, sealer).await {
+                    // Why nothing can be said any more may be on its way: an alert.
+                    tokio::time::sleep(ALERT_MAX).await;
+                }
+            } => ControlError::Closed,
         };
         // Nobody may be left to ask.
         let _ = why.send(error);
@@ -74,7 +82,8 @@ async fn open_all(mut plain: Plain<OwnedReadHalf>, mut to: WriteHalf<DuplexStrea
     }
 }
 
-async fn seal_all(mut from: ReadHalf<DuplexStream>, mut write: OwnedWriteHalf, mut sealer: Sealer) {
+/// Until the stream is closed on this side; false if the other side takes nothing any more.
+async fn seal_all(mut from: ReadHalf<DuplexStream>, mut write: OwnedWriteHalf, mut sealer: Sealer) -> bool {
     let (mut plain, mut sealed) = (vec![0; PLAIN_BYTES_MAX], Vec::new());
     while let Ok(count @ 1..) = from.read(&mut plain).await {
         let part = plain.get(..count).unwrap_or_default();
@@ -82,7 +91,7 @@ async fn seal_all(mut from: ReadHalf<DuplexStream>, mut write: OwnedWriteHalf, m
         if sealer.seal(&mut sealed, part.len(), |inside| inside.copy_from_slice(part)).is_err()
             || write.write_all(&sealed).await.is_err()
         {
-            return;
+            return false;
         }
     }
     sealed.clear();
@@ -90,6 +99,7 @@ async fn seal_all(mut from: ReadHalf<DuplexStream>, mut write: OwnedWriteHalf, m
         let _ = write.write_all(&sealed).await;
     }
     let _ = write.shutdown().await;
+    true
 }
 
 /// Tells whoever shows an operator's key and begins to send a guest that this is a host's part.

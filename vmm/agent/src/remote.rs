@@ -131,10 +131,16 @@ impl Remote {
 async fn carry(name: &str, key: &HostKey, channel: CommandChannel, far: tokio::net::UnixStream) {
     let (mut read, mut write) = tokio::io::split(channel.stream);
     let (mut asks, mut hears) = far.into_split();
+    let say = async {
+        // What cannot be said any more has a reason, which is heard.
+        if tokio::io::copy(&mut asks, &mut write).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
     let heard = tokio::select! {
         heard = tokio::io::copy(&mut read, &mut hears) => heard.unwrap_or(1),
         // The command has ended; it hears nothing any more.
-        _ = tokio::io::copy(&mut asks, &mut write) => return,
+        () = say => return,
     };
     if heard == 0
         && let Some(error) = silence(name, key, channel.ended.await.ok())
@@ -158,7 +164,7 @@ fn silence(name: &str, key: &HostKey, ended: Option<ControlError>) -> Option<Api
 
 fn key_refused(name: &str, key: &HostKey) -> ApiError {
     let words = format!(
-        "the agent of {name} does not know your key {id}: name it there as an [[operator]] with key = \"{id}\" in agent.toml, and restart the agent",
+        "the agent of {name} does not know your key {id}: name it there as an [[operator]] with key = \"{id}\" in agent.toml, and `limosa allow reload` there",
         id = key.id()
     );
     ApiError::refused("operator-unknown", words)
