@@ -109,6 +109,10 @@ impl Metrics {
             sessions: OnceLock::new(),
             links: Mutex::default(),
         };
+        // There from the start: an alert cannot see the first of what was not there before.
+        for reason in ["operator", "user"] {
+            drop(made.refusals.get_or_create(&vec![("reason", reason.to_owned())]));
+        }
         made.registered()
     }
 
