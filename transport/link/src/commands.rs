@@ -6,7 +6,7 @@ use crate::control::{Control, ControlError, Early, Plain};
 use crate::key::HostKey;
 use crate::secure::{Opener, PLAIN_BYTES_MAX, Sealer};
 use crate::sessions::{FIRST_WORDS_MAX, say};
-use crate::tls::{TlsError, TrustedHosts};
+use crate::tls::TrustedHosts;
 use limosa_proto::identity::HostId;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::{Message, Refusal};
@@ -122,20 +122,4 @@ pub async fn command(address: String, agent: HostId, key: HostKey) -> Result<Com
     let mut stream = link.stream(false).await?;
     let secured = link.handshake(&mut stream).await?;
     Ok(channel(stream, (secured.sealer, secured.opener), Early { opened: Vec::new(), sealed: secured.early }))
-}
-
-/// The key of the agent at `address`, which is not to be believed: anybody can answer there. Nothing is said to it.
-///
-/// # Errors
-/// It cannot be reached.
-pub async fn key_at(address: String, key: HostKey) -> Result<HostId, ConnectError> {
-    // Nobody has this key, so that the handshake ends when the other side has shown its own.
-    let nobody = HostId([0; 32]);
-    let link = TcpLink::new(address.clone(), nobody, key, TrustedHosts::default(), SILENCE_MAX);
-    let mut stream = link.stream(false).await?;
-    match link.handshake(&mut stream).await {
-        Err(ConnectError::Tls { error: TlsError::DestinationOther { found, .. }, .. }) => Ok(found),
-        Err(error) => Err(error),
-        Ok(_) => Err(ConnectError::Tls { destination: address, error: TlsError::NoHostKey }),
-    }
 }

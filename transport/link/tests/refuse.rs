@@ -179,7 +179,7 @@ async fn a_host_without_commands_says_nothing_to_who_would_command_it() {
     channel.stream.read_to_end(&mut said).await.unwrap();
     assert_eq!(said, b"");
     // Who answers is found out without being spoken to, and another one is never spoken to.
-    assert_eq!(limosa_link::commands::key_at(toy.address.to_string(), key.clone()).await.unwrap(), toy.key.id());
+    assert_eq!(limosa_link::ask_key(&toy.address.to_string(), &key, limosa_link::Here::default()).await.unwrap(), toy.key.id());
     let error = limosa_link::commands::command(toy.address.to_string(), sender.key.id(), key).await.unwrap_err();
     assert!(error.to_string().contains(&toy.key.id().to_string()), "{error}");
     good(&sender, &toy).await;

@@ -4,10 +4,10 @@
 
 use crate::agent::Agent;
 use crate::api::Direction;
+use crate::links;
 use crate::settle::{self, Ready};
 use limosa_link::failpoints::{self, Point};
-use limosa_link::quic::QuicLink;
-use limosa_link::{AskError, TcpLink, ask_released};
+use limosa_link::{AskError, ask_released};
 use limosa_proto::commit::{self, DestinationVerdict, JournalRecord};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::recovery::ASK_INTERVAL;
@@ -49,18 +49,13 @@ pub(crate) async fn ask(agent: Arc<Agent>, ready: Arc<Ready>) {
 
 /// Destination: what the source says, or why it cannot be asked.
 pub(crate) async fn released(agent: &Agent, ready: &JournalRecord) -> Result<ReleasedAnswer, String> {
-    let host = agent.hosts.with_id(ready.peer);
-    let host = host.ok_or_else(|| format!("the source {} is not trusted here any more: `limosa host trust` it", ready.peer))?;
-    let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
-    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence).with_here(agent.rules.here());
-    let asked = ask_released(&link, ready.migration, ready.generation).await;
-    // The guest may have come by QUIC because TCP is blocked.
-    if matches!(asked, Err(AskError::Connect(_))) && agent.config.quic.enabled {
-        let link =
-            QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings).with_here(agent.rules.here());
-        if let Ok(answer) = ask_released(&link, ready.migration, ready.generation).await {
-            return Ok(answer);
-        }
+    let (tcp, quic) = links::to_ask(agent, "source", ready.peer)?;
+    let asked = ask_released(&tcp, ready.migration, ready.generation).await;
+    if matches!(asked, Err(AskError::Connect(_)))
+        && let Some(quic) = quic
+        && let Ok(answer) = ask_released(&quic, ready.migration, ready.generation).await
+    {
+        return Ok(answer);
     }
     asked.map_err(|e| e.to_string())
 }

@@ -6,10 +6,11 @@ use crate::api::{ApiError, HostReport, LinkInfo, RdmaDevice};
 use crate::hosts::Host;
 use crate::metrics::Door;
 use limosa_link::choose::{OwnRdma, Reach, Wanted};
-use limosa_link::quic::QuicListener;
+use limosa_link::quic::{QuicLink, QuicListener};
 use limosa_link::sessions::Sessions;
-use limosa_link::{Cancel, Fabric, Hosting, Listener, ListenerSettings};
+use limosa_link::{Cancel, Fabric, Hosting, Listener, ListenerSettings, TcpLink};
 use limosa_proto::allow::AllowList;
+use limosa_proto::identity::HostId;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::limits::{WORDS_BYTES_MAX, fit};
 use limosa_proto::wire::message::Refusal;
@@ -194,6 +195,23 @@ fn here_first(agent: &Agent, found: Vec<LinkAddress>) -> Result<Vec<LinkAddress>
 /// The same as [`rdma_addresses`] from a task: it takes as long as the devices take to answer.
 fn rdma_addresses_now(agent: &Agent) -> Result<Vec<LinkAddress>, String> {
     tokio::task::block_in_place(|| rdma_addresses(agent))
+}
+
+/// The ways to ask another host about a migration that no driver carries any more, which was its `part` in it: TCP, and where the guest
+/// may have gone by QUIC because TCP is blocked, that.
+///
+/// # Errors
+/// It is not trusted any more.
+pub(crate) fn to_ask(agent: &Agent, part: &str, peer: HostId) -> Result<(TcpLink, Option<QuicLink>), String> {
+    let host = agent.hosts.with_id(peer);
+    let host = host.ok_or_else(|| format!("the {part} {peer} is not trusted here any more: `limosa host trust` it"))?;
+    let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
+    let tcp = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence).with_here(agent.rules.here());
+    let quic = agent.config.quic.enabled.then(|| {
+        let link = QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings);
+        link.with_here(agent.rules.here())
+    });
+    Ok((tcp, quic))
 }
 
 /// What a source that asks is told.

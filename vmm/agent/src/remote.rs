@@ -5,10 +5,10 @@
 use crate::api::{ApiError, Exchange, HostInfo, Request, Response};
 use crate::hosts::{Hosts, HostsError, bad_address, with_port};
 use crate::operator::OperatorKey;
-use limosa_link::commands::{command, key_at};
+use limosa_link::commands::command;
 use limosa_link::control::ControlError;
 use limosa_link::tls::TlsError;
-use limosa_link::{CommandChannel, ConnectError, HostKey};
+use limosa_link::{CommandChannel, ConnectError, Here, HostKey, ask_key};
 use limosa_proto::identity::HostId;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -82,7 +82,7 @@ impl Remote {
         if let Some(id) = id.or_else(|| same.map(|one| one.id)) {
             return Ok(Remote { name: host.to_owned(), address, id });
         }
-        let found = runtime()?.block_on(key_at(address.clone(), key.key().clone())).map_err(|e| words(host, key.key(), &e))?;
+        let found = runtime()?.block_on(ask_key(&address, key.key(), Here::default())).map_err(|e| words(host, key.key(), &e))?;
         let words = format!(
             "the agent at {address} is not known here, and nothing was said to it. It shows the key\n    {found}\nIf `limosa host id` on that host prints the same, make it known: `limosa operator trust NAME {found} {address}`, or say --host-id {found}"
         );

@@ -7,14 +7,14 @@ use crate::agent::Agent;
 use crate::api::{Direction, JobInfo, JobState};
 use crate::asking;
 use crate::jobs::Ending;
+use crate::links;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
 use crate::process::birth;
 use crate::vm::{Vm, VmState};
+use limosa_link::ask_verdict;
 use limosa_link::driver::VerdictError;
 use limosa_link::failpoints::{self, Point};
-use limosa_link::quic::QuicLink;
-use limosa_link::{TcpLink, ask_verdict};
 use limosa_plug::VmState as Plugged;
 use limosa_proto::commit::{self, DestinationVerdict, JournalRecord, JournalRecordKind, SourceVerdict};
 use limosa_proto::identity::{Generation, HostId, MigrationId, VmId};
@@ -193,20 +193,14 @@ pub(crate) async fn given_up_and_asked(agent: &Arc<Agent>, released: &JournalRec
 }
 
 async fn verdict_of(agent: &Agent, released: &JournalRecord) -> Result<VerdictAnswer, String> {
-    let host = agent.hosts.with_id(released.peer);
-    let host =
-        host.ok_or_else(|| format!("the destination {} is not trusted here any more: `limosa host trust` it", released.peer))?;
-    let (silence, key, trusted) = (agent.config.migration.silence_max, agent.key.clone(), agent.hosts.trusted());
     let (migration, generation) = (released.migration, released.generation);
-    let link = TcpLink::new(host.address.clone(), host.id, key.clone(), trusted.clone(), silence).with_here(agent.rules.here());
-    let asked = ask_verdict(&link, migration, generation, true).await;
-    // The guest may have left by QUIC because TCP is blocked.
-    if matches!(asked, Err(VerdictError::Connect(_))) && agent.config.quic.enabled {
-        let link = QuicLink::new(host.address, host.id, key, trusted, silence, agent.config.quic.settings);
-        let link = link.with_here(agent.rules.here());
-        if let Ok(answer) = ask_verdict(&link, migration, generation, true).await {
-            return Ok(answer);
-        }
+    let (tcp, quic) = links::to_ask(agent, "destination", released.peer)?;
+    let asked = ask_verdict(&tcp, migration, generation, true).await;
+    if matches!(asked, Err(VerdictError::Connect(_)))
+        && let Some(quic) = quic
+        && let Ok(answer) = ask_verdict(&quic, migration, generation, true).await
+    {
+        return Ok(answer);
     }
     asked.map_err(|e| e.to_string())
 }

@@ -8,6 +8,7 @@ use crate::agent::Agent;
 use crate::api::{ApiError, HostInfo, MigrateRequest, Parties};
 use crate::checked::Section;
 use crate::hosts::Host;
+use crate::jobs::unix_ms;
 use crate::journal::sync_directory;
 use crate::rotation;
 use limosa_proto::identity::{HostId, MigrationId, Nonce, VmId};
@@ -22,7 +23,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Name of the file in the agent's state directory.
 pub const FILE_NAME: &str = "tickets";
@@ -139,7 +139,7 @@ impl Tickets {
     /// Opens the file in `directory`, or begins one. Where it cannot be used, no ticket is accepted, and why is said.
     #[must_use]
     pub fn open(directory: &Path) -> Tickets {
-        let book = Book::open(directory, now());
+        let book = Book::open(directory, unix_ms() / 1000);
         if let Err(words) = &book {
             tracing::error!(words, "no ticket is accepted");
         }
@@ -210,11 +210,6 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// This host's clock, in seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 /// Who would like to do what here with a guest.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
@@ -263,7 +258,7 @@ pub(crate) fn admit(
         link: arrival.link,
         migration: arrival.migration,
         skew: agent.config.tickets.skew_s,
-        now: now(),
+        now: unix_ms() / 1000,
     };
     let may = |grant: &Grant| {
         let operators = agent.operators.all();
@@ -324,7 +319,17 @@ pub(crate) fn of_order(
     let ticket = Ticket::parse(text).map_err(refused)?;
     let issuer = Operator { id: ticket.claims().issuer, name: String::new(), actions: Action::ALL.to_vec() };
     let skew = agent.config.tickets.skew_s;
-    let asked = Asked { here: to.id, source: agent.key.id(), vm, vm_name, action, link: None, migration: None, skew, now: now() };
+    let asked = Asked {
+        here: to.id,
+        source: agent.key.id(),
+        vm,
+        vm_name,
+        action,
+        link: None,
+        migration: None,
+        skew,
+        now: unix_ms() / 1000,
+    };
     verify(&ticket, &asked.context(&[issuer], &SpentNonces::new(0))).map_err(refused)?;
     Ok(Some((&ticket).into()))
 }
@@ -377,7 +382,7 @@ mod tests {
     }
 
     fn ticket(key: &OperatorKey) -> TicketBytes {
-        let (not_before, not_after) = (1000, now() + 600);
+        let (not_before, not_after) = (1000, unix_ms() / 1000 + 600);
         let order = Order {
             action: Action::Migrate,
             guests: Guests::One(VM),
@@ -392,7 +397,7 @@ mod tests {
     }
 
     fn at(migration: u8) -> Asked<'static> {
-        Asked { now: now(), ..asked(migration) }
+        Asked { now: unix_ms() / 1000, ..asked(migration) }
     }
 
     #[test]
