@@ -12,7 +12,7 @@ mod common;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use common::machine::{self, Machine};
-use common::median;
+use common::spread;
 use rig::{AgentConfig, GuestSpec, Host, Lab};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -116,13 +116,6 @@ fn measure(options: &Options) -> Result<(BTreeMap<String, Row>, Samples)> {
     Ok((rows, appends))
 }
 
-/// Median, lowest and highest.
-fn spread(samples: &[f64]) -> String {
-    let lowest = samples.iter().copied().fold(f64::INFINITY, f64::min);
-    let highest = samples.iter().copied().fold(0.0, f64::max);
-    median(samples.iter().copied()).map_or_else(String::new, |middle| format!("{middle:.2} ({lowest:.2} to {highest:.2})"))
-}
-
 fn words(machine: &Machine) -> String {
     let or_unknown = |text: &Option<String>| text.clone().unwrap_or_else(|| "unknown".into());
     format!("{}, {} cores, {}", or_unknown(&machine.cpu), machine.cores, or_unknown(&machine.kernel))
@@ -135,13 +128,13 @@ fn print(options: &Options, rows: &BTreeMap<String, Row>, appends: &[f64], load:
     println!("| link | downtime | {} | guest's own gap |\n| --- |{}", PARTS.join(" | "), " --- |".repeat(PARTS.len() + 2));
     for link in &options.links {
         let Some(row) = rows.get(link) else { continue };
-        let cell = |name| row.get(name).map_or_else(String::new, |samples| spread(samples));
+        let cell = |name| row.get(name).map_or_else(String::new, |samples| spread(samples, 2).unwrap_or_default());
         println!("| {link} | {} | {} | {} |", cell("downtime"), PARTS.map(cell).join(" | "), cell("own gap"));
     }
     println!(
         "\none append of {RECORD_BYTES} bytes with fsync beside the journals, same run, {} samples: {}",
         appends.len(),
-        spread(appends)
+        spread(appends, 2).unwrap_or_default()
     );
 }
 

@@ -11,7 +11,7 @@ mod common;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use common::{machine, median};
+use common::{machine, median, spread};
 use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_cpu};
 use rig::flood::{Extent, Flood, beginnings};
 use rig::process::memory_kib;
@@ -146,10 +146,8 @@ fn migrate(
     Ok([before, during, memory(to)?])
 }
 
-fn spread(samples: &[f64]) -> String {
-    let lowest = samples.iter().copied().fold(f64::INFINITY, f64::min);
-    let highest = samples.iter().copied().fold(0.0, f64::max);
-    median(samples.iter().copied()).map_or_else(|| "-".into(), |middle| format!("{middle:.1} ({lowest:.1} to {highest:.1})"))
+fn cell(samples: &[f64]) -> String {
+    spread(samples, 1).unwrap_or_else(|| "-".into())
 }
 
 fn main() -> Result<()> {
@@ -210,7 +208,7 @@ fn main() -> Result<()> {
     for way in WAYS {
         let Some(row) = rows.get(way) else { continue };
         let percent = |other| against(way, other).map_or_else(String::new, |percent| format!("{percent:+.1} %"));
-        let columns = [spread(&row.total_ms), spread(&row.downtime_ms), spread(&row.made), percent(WAYS[0]), percent(WAYS[1])];
+        let columns = [cell(&row.total_ms), cell(&row.downtime_ms), cell(&row.made), percent(WAYS[0]), percent(WAYS[1])];
         println!("| {way} | {} |", columns.join(" | "));
     }
     println!("\nmemory of the flooded agent in KiB, its own (with the guest's that it maps): before, during, after");

@@ -20,3 +20,11 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let lower = *values.get((values.len() - 1) / 2)?;
     Some(f64::midpoint(lower, upper))
 }
+
+/// Median, lowest and highest, with so many decimals. Nothing where there is nothing.
+pub(crate) fn spread(samples: &[f64], decimals: usize) -> Option<String> {
+    let lowest = samples.iter().copied().fold(f64::INFINITY, f64::min);
+    let highest = samples.iter().copied().fold(0.0, f64::max);
+    let middle = median(samples.iter().copied())?;
+    Some(format!("{middle:.decimals$} ({lowest:.decimals$} to {highest:.decimals$})"))
+}
