@@ -152,7 +152,7 @@ fn ready_lanes(carried: Option<&mut Carried<Destination>>) {
     }
 }
 
-/// The destination as far as `ready`, which is to be written.
+/// The destination as far as the guest's state, which is to be loaded.
 fn receive(rules: Rules, world: &mut World, generation: u64, said: &mut Vec<(Side, Option<Message>)>) {
     while let Some(action) = world.destination.carried.as_mut().and_then(|carried| Arc::make_mut(&mut carried.engine).poll()) {
         let answer = match action {
@@ -161,10 +161,13 @@ fn receive(rules: Rules, world: &mut World, generation: u64, said: &mut Vec<(Sid
                 continue;
             }
             DestinationAction::Check(_) => DestinationEvent::Admitted,
-            DestinationAction::Prepare { .. } => DestinationEvent::Prepared { populated_ms: 0 },
-            DestinationAction::Load { .. } => {
-                world.destination.vmm = Vmm::Loaded(generation);
-                DestinationEvent::Loaded
+            DestinationAction::Prepare { .. } => {
+                world.destination.vmm = Vmm::Coming(generation);
+                DestinationEvent::Prepared { populated_ms: 0 }
+            }
+            DestinationAction::Journal(record) => {
+                world.destination.journal.push((record.kind, generation));
+                DestinationEvent::Journaled(record.kind)
             }
             action => {
                 destination_action(rules, world, action);
@@ -232,6 +235,7 @@ pub(crate) fn destination_action(rules: Rules, world: &mut World, action: Destin
             tell_destination(rules, world, DestinationEvent::Journaled(record.kind));
         }
         DestinationAction::Journal(record) => world.destination.tasks.push(Task::Journal { kind: record.kind, generation }),
+        DestinationAction::Load { .. } => world.destination.tasks.push(Task::Load { generation }),
         DestinationAction::Resume => world.destination.tasks.push(Task::Resume { generation }),
         DestinationAction::Announce => world.destination.tasks.push(Task::Announce { generation }),
         DestinationAction::Discard => world.destination.tasks.push(Task::End),
@@ -348,6 +352,14 @@ pub(crate) fn destination_task(rules: Rules, world: &mut World, how: How) {
             let failing = (!runs || how != How::Done).then(|| failed(HostTask::Resume));
             Some((generation, failing, DestinationEvent::Resumed))
         }
+        Task::Load { generation } => {
+            let loaded = done && world.destination.vmm == Vmm::Coming(generation);
+            if loaded {
+                world.destination.vmm = Vmm::Loaded(generation);
+            }
+            let failing = (!loaded || how != How::Done).then(|| failed(HostTask::Load));
+            Some((generation, failing, DestinationEvent::Loaded))
+        }
         Task::Announce { generation } => {
             told(world);
             let announced = DestinationEvent::Announced { announcements: vec![], cpu_us: 0, reached: Reached::default() };
@@ -459,6 +471,7 @@ fn says(vmm: Vmm) -> Option<Plugged> {
         Vmm::Gone => None,
         Vmm::Runs(_) => Some(Plugged::Running),
         Vmm::Stands => Some(Plugged::Paused),
+        Vmm::Coming(_) => Some(Plugged::Incoming),
         Vmm::Loaded(_) => Some(Plugged::Loaded),
     }
 }

@@ -36,7 +36,7 @@ pub(crate) enum Step {
     Task(Side, How),
     Timer(Side),
     Cancel(Side),
-    /// The agent dies, or the whole host; what it was writing is durable, or not.
+    /// The agent dies, or the whole host; what it was writing is durable, or not, and what its VMM was loading is loaded, or not.
     Crash {
         side: Side,
         whole: bool,
@@ -187,6 +187,7 @@ fn glance(world: &World, side: Side) -> (bool, bool, Vmm, bool, bool, Option<Ins
             matches!(
                 task,
                 Task::Journal { .. }
+                    | Task::Load { .. }
                     | Task::Note { .. }
                     | Task::Settle { .. }
                     | Task::Discard { .. }
@@ -397,7 +398,13 @@ fn crash(world: &mut World, side: Side, whole: bool, durable: bool) {
     world.network.retain(|packet| packet.to != side);
     match side {
         Side::Source => die(&mut world.source, durable),
-        Side::Destination => die(&mut world.destination, durable),
+        Side::Destination => {
+            let loads = matches!(world.destination.tasks.first(), Some(Task::Load { .. }));
+            die(&mut world.destination, durable);
+            if let Vmm::Coming(generation) = world.destination.vmm {
+                world.destination.vmm = if loads && durable { Vmm::Loaded(generation) } else { Vmm::Gone };
+            }
+        }
     }
     if whole {
         rules::power_cut(world, side);

@@ -64,6 +64,8 @@ pub(crate) struct Packet {
 pub(crate) enum Task {
     /// For the engine of this generation: a record.
     Journal { kind: JournalRecordKind, generation: u64 },
+    /// For the engine: the guest's state is loaded.
+    Load { generation: u64 },
     /// For the engine: the guest runs.
     Resume { generation: u64 },
     /// For the engine: the network is told.
@@ -98,6 +100,8 @@ pub(crate) enum Vmm {
     Runs(u64),
     /// It stands still where it ran.
     Stands,
+    /// It is coming in by this generation. Its VMM ends with its agent.
+    Coming(u64),
     /// It came in by this generation, and has not run here.
     Loaded(u64),
 }

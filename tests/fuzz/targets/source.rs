@@ -145,7 +145,7 @@ fn message(taken: &mut Taken<'_>) -> Option<Message> {
         }),
         1 => Message::Prepared { populated_ms: 1 },
         2 => Message::RoundDone { round: u32::from(taken.u8()?) },
-        3 => Message::Ready(ReadyTimes { load_us: u64::from(taken.u8()?) << 56, journal_us: 1 }),
+        3 => Message::Ready(ReadyTimes { load_us: u64::from(taken.u8()?) << 56 }),
         4 => Message::Running(RunningTimes { resume_us: u64::MAX }),
         5 => Message::Finished(DestinationReport::default()),
         6 => Message::Abort { code: Code::Cancelled, words: "x".repeat(usize::from(taken.u8()?) * 16) },

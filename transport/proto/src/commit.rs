@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum JournalRecordKind {
     /// Source: this generation was begun.
     Started,
-    /// Destination: everything is here and loaded; a Commit will be accepted.
+    /// Destination: the guest's VMM is made, and nothing has come yet. Written before the guest is paused: from here on a
+    /// Commit may be accepted, once everything is here and loaded.
     Ready,
     /// Source: the guest is given away. The one commit point.
     Released,

@@ -298,6 +298,10 @@ pub fn asked(
         // Its driver has not ended yet and decides.
         return Asked::Answer(VerdictAnswer::Pending);
     }
+    if guest.plugged == Some(Plugged::Incoming) {
+        // `ready` is written before the memory comes. Whatever the source says of Commit, this guest never came whole.
+        return Asked::Discard(asked_back);
+    }
     if released || guest.plugged.is_some_and(Plugged::is_taken) {
         return Asked::TakeUp(note(JournalRecordKind::Running, "the source in doubt released it"));
     }
@@ -466,6 +470,10 @@ mod tests {
         assert_eq!(asked(&[Ready], true, here(true, Some(Plugged::Loaded))), Asked::Answer(VerdictAnswer::Pending));
         assert!(matches!(asked(&[Ready], true, loaded), Asked::TakeUp(Note { kind: Running, .. })));
         assert!(matches!(asked(&[Ready], false, loaded), Asked::Discard(Note { kind: Discarded, .. })));
+        for released in [false, true] {
+            let asked = asked(&[Ready], released, here(false, Some(Plugged::Incoming)));
+            assert!(matches!(asked, Asked::Discard(_)), "it never came whole");
+        }
         let silent = here(false, None);
         assert_eq!(asked(&[Ready], false, silent), Asked::Answer(VerdictAnswer::Pending), "it may run for all that is known");
         for taken in [Plugged::Running, Plugged::Paused] {

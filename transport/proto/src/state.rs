@@ -95,14 +95,14 @@ nouns! {
         Checking,
         /// The VMM is being made.
         Preparing,
+        /// `ready` is being written.
+        Noting,
         /// Lanes are being opened.
         Joining,
         /// Pages and records come in.
         Receiving,
         /// The VMM loads the state.
         Loading,
-        /// `ready` is being written.
-        Readying,
         /// Waits for Commit.
         Ready,
         /// Committed: the guest is being resumed.
@@ -409,23 +409,23 @@ pub const SOURCE_TABLE: &[(SourceState, SourceInput, &[SourceState])] = {
 pub const DESTINATION_TABLE: &[(DestinationState, DestinationInput, &[DestinationState])] = {
     use DestinationInput as I;
     use DestinationState::{
-        Checking, Discarding, Done, Joining, Listening, Loading, Preparing, Ready, Readying, Receiving, Resuming, Running,
+        Checking, Discarding, Done, Joining, Listening, Loading, Noting, Preparing, Ready, Receiving, Resuming, Running,
     };
     &[
         (Listening, I::Hello, &[Checking, Done]),
         (Checking, I::Admitted, &[Preparing]),
         (Checking, I::Refused, &[Done]),
-        (Preparing, I::Prepared, &[Joining]),
+        (Preparing, I::Prepared, &[Noting]),
+        (Noting, I::JournaledReady, &[Joining]),
         (Joining, I::LanesJoined, &[Receiving]),
         // A guest that goes at once sends its state as soon as its own end of the lanes is open.
-        (Joining, I::Record, &[Joining, Done]),
-        (Joining, I::RecordsEnd, &[Joining, Done]),
+        (Joining, I::Record, &[Joining, Discarding]),
+        (Joining, I::RecordsEnd, &[Joining, Discarding]),
         (Receiving, I::Arriving, &[Receiving]),
-        (Receiving, I::RoundArrived, &[Receiving, Loading, Done]),
-        (Receiving, I::Record, &[Receiving, Done]),
-        (Receiving, I::RecordsEnd, &[Receiving, Loading, Done]),
-        (Loading, I::Loaded, &[Readying]),
-        (Readying, I::JournaledReady, &[Ready]),
+        (Receiving, I::RoundArrived, &[Receiving, Loading, Discarding]),
+        (Receiving, I::Record, &[Receiving, Discarding]),
+        (Receiving, I::RecordsEnd, &[Receiving, Loading, Discarding]),
+        (Loading, I::Loaded, &[Ready]),
         (Ready, I::Commit, &[Resuming]),
         (Ready, I::VerdictAsk, &[Resuming, Discarding]),
         (Ready, I::LinkLost, &[Ready]),
@@ -486,9 +486,9 @@ pub fn destination_rule(state: DestinationState, input: DestinationInput) -> Rul
         return Rule::Next(next);
     }
     let end: &'static [S] = match state {
-        // Before `ready` nothing was promised; from `Readying` on the journal has to say that it is over.
-        S::Listening | S::Checking | S::Preparing | S::Joining | S::Receiving | S::Loading => &[S::Done],
-        S::Readying | S::Ready => &[S::Discarding],
+        // Before `ready` nothing was promised; from `Noting` on the journal has to say that it is over.
+        S::Listening | S::Checking | S::Preparing => &[S::Done],
+        S::Noting | S::Joining | S::Receiving | S::Loading | S::Ready => &[S::Discarding],
         S::Resuming | S::Running | S::Discarding | S::Done => return Rule::Ignored,
     };
     match input {

@@ -176,13 +176,24 @@ impl Names for Interfaces {
     }
 }
 
-/// Whether two rules name the same addresses: each holds the other's, bit by bit.
+/// Whether two rules name the same addresses, bit by bit. An IPv4-mapped address with less than 96 bits of prefix is a network of
+/// IPv6's, which holds none of IPv4's, not even that address.
 fn same(a: Written, b: Written) -> bool {
-    let length = |rule: Written| {
-        let mapped = rule.address.is_ipv6() && rule.length() >= 96 && is_mapped(&bits(rule.address));
-        (rule.address.is_ipv4() || mapped, if mapped { rule.length() - 96 } else { rule.length() })
+    let network = |rule: Written| {
+        let (bits, length) = (bits(rule.address), usize::from(rule.length()));
+        let from = if rule.address.is_ipv6() && length >= 96 && is_mapped(&bits) { 96 } else { 0 };
+        (bits.len() - from, bits[from..length].to_vec())
     };
-    length(a) == length(b) && a.fits(b.address)
+    network(a) == network(b)
+}
+
+/// Found by the comparison with the reference, which had it wrong.
+#[test]
+fn a_short_prefix_of_a_mapped_address_is_one_network_twice() {
+    let twice = [("::ffff:0.0.0.0/92", 1), ("::ffff:0.0.0.0/92", 0)];
+    let (here, _) = HereList::new(&twice, &NoNames).unwrap();
+    assert_eq!(here.decide("[::fff1:0:1]:1".parse().unwrap()).priority, 1);
+    assert!(!here.decide("0.0.0.0:1".parse().unwrap()).allowed);
 }
 
 /// The reference is not the same as saying yes or no to everything: both are common.

@@ -98,7 +98,7 @@ fn every_message() -> Vec<Message> {
         Message::RoundDone { round: 3 },
         Message::Record(Record { kind: 300, version: 1, instance: 2, bytes: vec![1, 2, 3] }),
         Message::RecordsEnd { count: 1, bytes: 3, last_round: 4, paused: true },
-        Message::Ready(ReadyTimes { load_us: 900, journal_us: 100 }),
+        Message::Ready(ReadyTimes { load_us: 900 }),
         Message::Commit,
         Message::Running(RunningTimes { resume_us: 200 }),
         Message::Finished(DestinationReport {

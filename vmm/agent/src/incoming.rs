@@ -386,6 +386,10 @@ impl DestinationHost for Receiving {
 
     fn load(&mut self, records: Vec<Record>) -> Result<(), HostError> {
         failpoints::at(Point::DestinationLoading)?;
+        if let Some(used) = self.used.take() {
+            // From here on the guest may be committed, and what follows that is another migration.
+            self.agent.tickets.close(used);
+        }
         self.connection()?.load(&records).map(drop).map_err(host_error)?;
         failpoints::at(Point::DestinationLoaded)
     }
@@ -452,10 +456,6 @@ impl DestinationHost for Receiving {
     }
 
     fn journal(&mut self, record: &JournalRecord) -> Result<(), HostError> {
-        if let Some(used) = self.used.take_if(|_| record.kind == JournalRecordKind::Ready) {
-            // From here on the guest may be committed, and what follows that is another migration.
-            self.agent.tickets.close(used);
-        }
         let [unwritten, written] = points(record.kind);
         failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;

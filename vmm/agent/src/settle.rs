@@ -89,9 +89,13 @@ impl Ready {
 fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> u64 {
     let vm = record.vm.to_string();
     let name = agent.vms.with_id(record.vm).map_or_else(|| vm.clone(), |known| known.name.clone());
+    let words = match direction {
+        Direction::Outgoing => "the agent was restarted in the middle of the commit",
+        Direction::Incoming => "the agent was restarted before the guest was known to run here",
+    };
     let (id, _) = agent.jobs.begin(|id| JobInfo {
         state: JobState::InDoubt,
-        words: "the agent was restarted in the middle of the commit".into(),
+        words: words.into(),
         ..JobInfo::begun(id, direction, &name, &vm, agent.hosts.shown(record.peer)).of(record.migration, record.generation)
     });
     id

@@ -6,15 +6,8 @@ use crate::commit::JournalRecordKind;
 use crate::time::Instant;
 use crate::wire::code::Code;
 use crate::wire::limits::{ANNOUNCEMENTS_MAX, WORDS_BYTES_MAX, fit};
-use crate::wire::message::{Message, Reached, ReadyTimes, RunningTimes, VerdictAnswer};
+use crate::wire::message::{Message, Reached, RunningTimes, VerdictAnswer};
 use std::time::Duration;
-
-/// `ready` is being written.
-#[derive(Debug, Clone, Hash)]
-pub(super) struct Readying {
-    load: Duration,
-    since: Instant,
-}
 
 /// Committed: the guest is being resumed.
 #[derive(Debug, Clone, Hash)]
@@ -43,25 +36,8 @@ pub(super) struct Discarding {
     ready: bool,
 }
 
-fn us(duration: Duration) -> u64 {
+pub(super) fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// Everything is here and loaded, which took `load`.
-pub(super) fn make_ready(core: &mut Core, load: Duration) -> State {
-    core.journal(JournalRecordKind::Ready, "");
-    core.patience(core.config.deadlines.host);
-    State::Readying(Readying { load, since: core.now })
-}
-
-impl Readying {
-    /// `ready` is durable.
-    pub(super) fn on(self, core: &mut Core) -> State {
-        let journal_us = us(core.now.since(self.since));
-        core.send(Message::Ready(ReadyTimes { load_us: us(self.load), journal_us }));
-        core.patience(core.config.deadlines.ready);
-        State::Ready
-    }
 }
 
 /// Ready: Commit comes, or the word of a source in doubt, or nothing.

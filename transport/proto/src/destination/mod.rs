@@ -34,10 +34,10 @@ enum State {
     Listening,
     Checking(receiving::Asked),
     Preparing(receiving::Asked),
+    Noting(receiving::Noting),
     Joining(receiving::Receiving),
     Receiving(receiving::Receiving),
     Loading(receiving::Loading),
-    Readying(ending::Readying),
     Ready,
     Resuming(ending::Resuming),
     Running(ending::Running),
@@ -311,10 +311,10 @@ impl State {
             State::Listening => DestinationState::Listening,
             State::Checking(_) => DestinationState::Checking,
             State::Preparing(_) => DestinationState::Preparing,
+            State::Noting(_) => DestinationState::Noting,
             State::Joining(_) => DestinationState::Joining,
             State::Receiving(_) => DestinationState::Receiving,
             State::Loading(_) => DestinationState::Loading,
-            State::Readying(_) => DestinationState::Readying,
             State::Ready => DestinationState::Ready,
             State::Resuming(_) => DestinationState::Resuming,
             State::Running(_) => DestinationState::Running,
@@ -342,10 +342,10 @@ impl State {
             State::Listening => receiving::listening(core, event),
             State::Checking(asked) => asked.on_checked(core, event),
             State::Preparing(asked) => asked.on_prepared(core, event),
+            State::Noting(noting) => noting.on(core),
             State::Joining(receiving) => receiving.on_joining(core, event),
             State::Receiving(receiving) => receiving.on(core, event),
             State::Loading(loading) => loading.on(core),
-            State::Readying(readying) => readying.on(core),
             State::Ready => ending::ready(core, event),
             State::Resuming(resuming) => resuming.on(core, event),
             State::Running(running) => running.on(core, event),
@@ -354,11 +354,11 @@ impl State {
         }
     }
 
-    /// Gives up; from `Readying` on only with the journal's word.
+    /// Gives up; from `Noting` on only with the journal's word.
     fn fail(self, core: &mut Core, code: Code, words: String, by: Side) -> State {
         let name = self.name();
-        if name >= DestinationState::Readying || core.asked && name != DestinationState::Listening {
-            let ready = name >= DestinationState::Readying;
+        if name >= DestinationState::Noting || core.asked && name != DestinationState::Listening {
+            let ready = name >= DestinationState::Noting;
             ending::discard(core, code, &words, by, ready)
         } else {
             ending::drop_unready(core, code, &words, by)
@@ -393,10 +393,10 @@ fn waits_for(state: DestinationState) -> &'static str {
         DestinationState::Listening => "the source's first message",
         DestinationState::Checking => "looking at what this host has",
         DestinationState::Preparing => "preparing the VMM",
+        DestinationState::Noting => "writing the journal",
         DestinationState::Joining => "opening the lanes",
         DestinationState::Receiving => "the next round",
         DestinationState::Loading => "loading the guest's state",
-        DestinationState::Readying => "writing the journal",
         _ => "the source's Commit",
     }
 }

@@ -1,11 +1,13 @@
 //! The destination from Hello until the guest's state is loaded.
 
-use super::{Core, DestinationAction, DestinationEvent, DestinationOutcome, Side, State, ending};
+use super::ending::us;
+use super::{Core, DestinationAction, DestinationEvent, DestinationOutcome, Side, State};
+use crate::commit::JournalRecordKind;
 use crate::record::{RECORDS_MAX, Record, STATE_BYTES_MAX};
 use crate::time::Instant;
 use crate::wire::code::Code;
 use crate::wire::limits::ROUNDS_MAX;
-use crate::wire::message::{Accept, Hello, Message, Refusal};
+use crate::wire::message::{Accept, Hello, Message, ReadyTimes, Refusal};
 use crate::wire::version;
 use std::time::Duration;
 
@@ -26,6 +28,13 @@ pub(super) struct Receiving {
     record_bytes: usize,
     /// The last round's number, once RecordsEnd came.
     last: Option<u32>,
+}
+
+/// `ready` is being written, long before the guest is paused: that the journal is durable costs no downtime.
+#[derive(Debug, Clone, Hash)]
+pub(super) struct Noting {
+    asked: Asked,
+    populated_ms: u32,
 }
 
 /// The VMM loads the state.
@@ -104,8 +113,19 @@ impl Asked {
     /// The VMM is there.
     pub(super) fn on_prepared(self, core: &mut Core, event: DestinationEvent) -> State {
         let DestinationEvent::Prepared { populated_ms } = event else { return State::Preparing(self) };
+        core.journal(JournalRecordKind::Ready, "");
+        core.patience(core.config.deadlines.host);
+        State::Noting(Noting { asked: self, populated_ms })
+    }
+}
+
+impl Noting {
+    /// `ready` is durable: from here on only the journal's word ends it.
+    pub(super) fn on(self, core: &mut Core) -> State {
+        let Noting { asked, populated_ms } = self;
         // Lanes must be welcome before the source is told to open them.
-        core.act(DestinationAction::AcceptLanes { lanes: self.lanes, plaintext: self.plaintext, token: core.config.token });
+        let token = core.config.token;
+        core.act(DestinationAction::AcceptLanes { lanes: asked.lanes, plaintext: asked.plaintext, token });
         core.send(Message::Prepared { populated_ms });
         core.patience(core.config.deadlines.lanes);
         State::Joining(Receiving::default())
@@ -215,7 +235,8 @@ impl Receiving {
 impl Loading {
     /// The state is in the VMM.
     pub(super) fn on(self, core: &mut Core) -> State {
-        let load = core.now.since(self.since);
-        ending::make_ready(core, load)
+        core.send(Message::Ready(ReadyTimes { load_us: us(core.now.since(self.since)) }));
+        core.patience(core.config.deadlines.ready);
+        State::Ready
     }
 }

@@ -223,14 +223,13 @@ impl Handover {
         let us = |us: u64, most: Duration| Duration::from_micros(us).min(most);
         let sending = self.ready.since(self.saved);
         let load = us(self.times.load_us, sending);
-        let journal = us(self.times.journal_us, sending.saturating_sub(load));
         let committing = now.since(self.ready);
         let resume = us(running.resume_us, committing);
         DowntimeParts {
             pause: self.paused.since(self.pause),
-            last_round: sending.saturating_sub(load).saturating_sub(journal),
+            last_round: sending.saturating_sub(load),
             state: self.saved.since(self.paused) + load,
-            commit: committing.saturating_sub(resume) + journal,
+            commit: committing.saturating_sub(resume),
             resume,
         }
     }

@@ -193,8 +193,6 @@ impl Refusal {
 pub struct ReadyTimes {
     /// Loading the state into the VMM, in microseconds.
     pub load_us: u64,
-    /// Writing `ready` into the journal, in microseconds.
-    pub journal_us: u64,
 }
 
 /// Where the destination's time went after the commit.
