@@ -5,7 +5,7 @@ use crate::checker::Mutant;
 use crate::faults::Step;
 use crate::world::{Entry, EntryState, Operation, Told, World};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
-use limosa_proto::event::{DestinationAction, DestinationEvent, HostTask, Side, SourceAction, SourceEvent};
+use limosa_proto::event::{DestinationAction, DestinationEvent, HostTask, SourceAction, SourceEvent};
 use limosa_proto::record::Record;
 use limosa_proto::recovery::Plugged;
 use limosa_proto::wire::code::Code;
@@ -183,8 +183,10 @@ impl World {
     fn effect_destination(&mut self, host: usize, number: u64, action: &DestinationAction) -> Result<Answer, String> {
         match action {
             DestinationAction::Check(_) => {
+                // One that lives and has not plugged in is not known, and its guest is not let in beside it.
+                let silent = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
                 let agent = self.hosts[host].agent.as_mut().unwrap();
-                if agent.entry.is_some() {
+                if agent.entry.is_some() || silent {
                     return Ok(Answer::Taken);
                 }
                 agent.entry = Some(Entry {
@@ -277,7 +279,6 @@ impl World {
                     Err(_) => {}
                 }
             }
-            JournalRecordKind::Running if session.side() == Side::Destination => self.hosts[host].process_file = None,
             _ => {}
         }
         Ok(Answer::Done)

@@ -22,6 +22,9 @@ use std::time::Duration;
 /// How long an agent is away.
 const AGENT_AWAY_US: (u64, u64) = (100_000, 8_000_000);
 const HOST_AWAY_US: (u64, u64) = (5_000_000, 40_000_000);
+/// How long after that a VMM takes to plug in.
+const PLUG_IN_US: (u64, u64) = (20_000, 1_100_000);
+const PLUG_IN_LATE_US: (u64, u64) = (1_100_000, 9_000_000);
 /// How long one question may take.
 pub(crate) const VERDICT_MAX: Duration = Duration::from_secs(10);
 const READY_MAX: Duration = Duration::from_secs(30);
@@ -67,7 +70,9 @@ impl World {
         self.settle_all(host);
         for vmm in 0..self.guest.vmms.len() {
             if self.guest.vmms[vmm].lives && self.guest.vmms[vmm].host == host {
-                let wait = self.random.micros(20_000, 1_100_000);
+                // On a host that is overloaded, or whose VMM stands still, it takes longer than is waited for.
+                let (from, to) = if self.random.percent(10) { PLUG_IN_LATE_US } else { PLUG_IN_US };
+                let wait = self.random.micros(from, to);
                 self.after(wait, Item::PlugIn { vmm, host, incarnation });
             }
         }

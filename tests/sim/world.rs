@@ -325,7 +325,9 @@ impl World {
             frozen_until: Instant::ZERO,
             clock_ns: 0,
         };
-        let hosts = (0..count).map(|_| host(&mut random)).collect();
+        let mut hosts: Vec<Host> = (0..count).map(|_| host(&mut random)).collect();
+        // The first VMM of all.
+        hosts[0].process_file = Some(0);
         let net = Net::new(Random::new(random.next()));
         let report = Report {
             failure: None,

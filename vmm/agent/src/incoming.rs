@@ -344,7 +344,7 @@ impl DestinationHost for Receiving {
         failpoints::pass(Some(Point::DestinationChecking));
         // Before anything is told or done: nothing of this host is said to a source that may not come.
         self.used = tickets::admit(&self.agent, self.arrival, vm, self.ticket.as_ref()).map_err(tickets::refusal)?;
-        settle::await_its_vmm(&self.agent, vm.id);
+        settle::await_its_vmm(&self.agent, vm.id)?;
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
@@ -459,11 +459,7 @@ impl DestinationHost for Receiving {
         let [unwritten, written] = points(record.kind);
         failpoints::at(unwritten)?;
         self.agent.write(record).map_err(|e| HostError::new(e.to_string()))?;
-        failpoints::at(written)?;
-        if record.kind == JournalRecordKind::Running {
-            settle::forget_process(&self.agent, record.vm);
-        }
-        Ok(())
+        failpoints::at(written)
     }
 
     fn cpu_seconds(&mut self) -> f64 {

@@ -122,6 +122,13 @@ pub fn birth(pid: u32) -> Option<u64> {
     stat_field(pid, 19)
 }
 
+/// Whether process `pid` is still the one that was born at `born`, and has not ended: one that nobody has waited for has.
+#[must_use]
+pub fn is_alive(pid: u32, born: u64) -> bool {
+    let state = stat_fields(pid).and_then(|fields| fields.trim_start().chars().next());
+    birth(pid) == Some(born) && !matches!(state, None | Some('Z' | 'X'))
+}
+
 /// Ends process `pid` if it is still the one that was born at `birth`.
 pub fn kill_born(pid: u32, born: u64) {
     if birth(pid) == Some(born)
@@ -148,11 +155,15 @@ pub fn overhead_seconds(pid: u32) -> f64 {
     ns as f64 / 1e9
 }
 
-/// Field `index` of /proc/PID/stat, counted from the one after the process's name.
-fn stat_field(pid: u32, index: usize) -> Option<u64> {
+/// The fields of /proc/PID/stat from the one after the process's name.
+fn stat_fields(pid: u32) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, fields) = text.rsplit_once(')')?;
-    fields.split_whitespace().nth(index)?.parse().ok()
+    text.rsplit_once(')').map(|(_, fields)| fields.to_owned())
+}
+
+/// One of them, which is a number.
+fn stat_field(pid: u32, index: usize) -> Option<u64> {
+    stat_fields(pid)?.split_whitespace().nth(index)?.parse().ok()
 }
 
 /// Free memory of this host in bytes, as the kernel estimates it.
@@ -202,7 +213,14 @@ mod tests {
         let born = birth(process.pid()).unwrap();
         kill_born(process.pid(), born + 1);
         assert!(process.ended().is_none());
+        assert!(is_alive(process.pid(), born) && !is_alive(process.pid(), born + 1));
         kill_born(process.pid(), born);
+        // Nobody has waited for it yet, and it has ended all the same.
+        let until = Instant::now() + Duration::from_secs(5);
+        while is_alive(process.pid(), born) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(!is_alive(process.pid(), born) && birth(process.pid()) == Some(born));
         process.end_after(Duration::from_secs(5));
         assert!(process.ended().unwrap().contains("signal: 9"));
         assert!(memory_available() > 0 && overhead_seconds(std::process::id()) > 0.0);

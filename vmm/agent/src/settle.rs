@@ -10,7 +10,7 @@ use crate::jobs::Ending;
 use crate::links;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
-use crate::process::birth;
+use crate::process::{birth, is_alive};
 use crate::vm::{Vm, VmState};
 use limosa_link::ask_verdict;
 use limosa_link::driver::VerdictError;
@@ -22,7 +22,8 @@ use limosa_proto::journal::JournalError;
 use limosa_proto::recovery::{
     self, ASK_INTERVAL, Answered, Asked, AtStart, Ended, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX, RETRY,
 };
-use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
+use limosa_proto::wire::code::Code;
+use limosa_proto::wire::message::{Refusal, ReleasedAnswer, VerdictAnswer};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,6 +41,7 @@ fn deciding() -> MutexGuard<'static, ()> {
 /// Settles everything that the journal has left open. Called once, at the start, within the runtime.
 pub(crate) fn begin(agent: &Arc<Agent>) {
     failpoints::pass(Some(Point::SourceRecoveryBegins));
+    forget_ended_processes(agent);
     let unsettled = agent.journal().unsettled();
     for (migration, generation) in unsettled {
         let records = agent.journal().of(migration, generation);
@@ -402,13 +404,25 @@ pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: Mi
     });
 }
 
-/// Waits until a VMM that was here when this agent started had time to plug in: its guest is not let in beside it.
-pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) {
+/// Waits until a VMM that was here when this agent started had time to plug in: its guest is not let in beside it, and not either
+/// as long as a VMM of it lives that does not plug in.
+pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) -> Result<(), Refusal> {
     if agent.vms.with_id(vm).is_some() {
-        return;
+        return Ok(());
     }
     let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
     std::thread::sleep(recovery::wait_before_admitting(&records, process_lives(agent, vm), agent.since_start()));
+    let silent = agent.vms.with_id(vm).is_none();
+    match noted_process(agent, vm).filter(|(pid, born)| silent && is_alive(*pid, *born)) {
+        None => Ok(()),
+        Some((pid, _)) => {
+            let words = format!(
+                "an earlier VMM of this guest lives at the destination (process {pid}) and has not plugged in to its agent: \
+                 the guest is not let in beside it; try again when it has, or when that process has ended"
+            );
+            Err(Refusal::one(Code::Busy, words))
+        }
+    }
 }
 
 /// Destination: a source asks about a migration that no driver carries any more.
@@ -565,7 +579,7 @@ fn process_file(agent: &Agent, vm: VmId) -> PathBuf {
     agent.config.state_dir.join("vm").join(format!("{vm}.process"))
 }
 
-/// Remembers which process an incoming guest's VMM is, so that a restarted agent can tell whether it lives.
+/// Remembers which process a guest's VMM is, so that a restarted agent can tell whether it lives.
 pub(crate) fn remember_process(agent: &Agent, vm: VmId, pid: u32) {
     let written = std::fs::write(process_file(agent, vm), format!("{pid} {}", birth(pid).unwrap_or(0)));
     if let Err(error) = written {
@@ -573,15 +587,32 @@ pub(crate) fn remember_process(agent: &Agent, vm: VmId, pid: u32) {
     }
 }
 
-/// The guest is settled: its process need not be remembered.
+/// The guest is settled: a process that has ended need not be remembered. One that lives is: its guest is not let in beside it.
 pub(crate) fn forget_process(agent: &Agent, vm: VmId) {
-    // It may never have been noted.
-    let _ = std::fs::remove_file(process_file(agent, vm));
+    if !process_lives(agent, vm) {
+        // It may never have been noted.
+        let _ = std::fs::remove_file(process_file(agent, vm));
+    }
+}
+
+/// Forgets what was noted of VMMs that have ended, in this agent's time or before.
+fn forget_ended_processes(agent: &Agent) {
+    let noted = std::fs::read_dir(agent.config.state_dir.join("vm")).into_iter().flatten().flatten();
+    for path in noted.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|is| is == "process")) {
+        if let Some(vm) = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok()) {
+            forget_process(agent, vm);
+        }
+    }
+}
+
+/// The process that was noted for a guest's VMM, and its birth.
+fn noted_process(agent: &Agent, vm: VmId) -> Option<(u32, u64)> {
+    let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
+    let mut fields = text.split_whitespace().map(str::parse::<u64>);
+    let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return None };
+    Some((u32::try_from(pid).ok()?, born))
 }
 
 pub(crate) fn process_lives(agent: &Agent, vm: VmId) -> bool {
-    let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
-    let mut fields = text.split_whitespace().map(str::parse::<u64>);
-    let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return false };
-    u32::try_from(pid).is_ok_and(|pid| birth(pid) == Some(born))
+    noted_process(agent, vm).is_some_and(|(pid, born)| is_alive(pid, born))
 }

@@ -241,7 +241,7 @@ impl Vms {
         }
         let (process, arrived) =
             self.launch(agent, &config.name, arguments, START_MAX).map_err(|words| ApiError::refused("vmm-failed", words))?;
-        let vm = Vm::new(arrived.hello.id, config.name.clone(), VmState::Running);
+        let (vm, pid) = (Vm::new(arrived.hello.id, config.name.clone(), VmState::Running), process.pid());
         vm.set_process(process);
         vm.set_console(agent.config.console_socket(&config.name));
         vm.plug(Arc::clone(&arrived.connection), arrived.serial);
@@ -252,6 +252,7 @@ impl Vms {
             self.insert(&vm).map_err(|(code, words)| ApiError::refused(code.id(), words))
         });
         inserted.inspect_err(|_| vm.end_within(Duration::ZERO))?;
+        settle::remember_process(agent, vm.id, pid);
         self.learn(&agent.config, &vm, &[]);
         Ok(vm.info())
     }

@@ -190,7 +190,6 @@ fn make(agent: &Agent, id: u64, restoring: &Restoring, records: Vec<Record>, can
         words: format!("restored from {}", restoring.path.display()),
     };
     agent.write(&record).map_err(|error| error.to_string())?;
-    settle::forget_process(agent, described.id);
     take_up(vm, Duration::ZERO).map_err(|error| error.to_string())
 }
 
