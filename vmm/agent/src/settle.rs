@@ -91,9 +91,10 @@ impl Ready {
 fn doubtful_job(agent: &Agent, record: &JournalRecord, direction: Direction) -> u64 {
     let vm = record.vm.to_string();
     let name = agent.vms.with_id(record.vm).map_or_else(|| vm.clone(), |known| known.name.clone());
-    let words = match direction {
-        Direction::Outgoing => "the agent was restarted in the middle of the commit",
-        Direction::Incoming => "the agent was restarted before the guest was known to run here",
+    let words = if direction == Direction::Incoming {
+        "the agent was restarted before it was on record that the guest runs here"
+    } else {
+        "the agent was restarted in the middle of the commit"
     };
     let (id, _) = agent.jobs.begin(|id| JobInfo {
         state: JobState::InDoubt,
