@@ -6,6 +6,7 @@
 use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_released, ask_verdict};
 use limosa_proto::identity::{Generation, HostId, MigrationId};
 use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
+use nix::sys::signal::Signal;
 use rig::command::Running;
 use rig::process::wait_for;
 use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, ensure, points, with_lab};
@@ -131,6 +132,33 @@ fn a_destination_that_lost_its_power_asks_the_source_and_gives_up_what_was_never
         given_up_by_itself(&lab.b)?;
         let log = lab.a.agent_log();
         ensure!(log.contains("a destination asked whether its guest was released"), "{log}");
+        lab.unharmed(guest)
+    });
+}
+
+#[test]
+fn a_guest_is_not_let_in_beside_a_vmm_of_it_that_has_not_plugged_in() {
+    lab(|lab, guest| {
+        // It is loaded at the destination, whose agent dies, and its VMM stands still when the next agent comes.
+        lab.b.arm("destination-loaded", "stop")?;
+        let mut running = lab.a.start(&["--json", "migrate", "web", "--to", "b"])?;
+        lab.b.wait_stopped("destination-loaded")?;
+        let vmms = lab.b.vmms(None);
+        let all = |signal| vmms.iter().for_each(|pid| rig::process::signal(*pid, signal));
+        all(Signal::SIGSTOP);
+        lab.b.kill_agent()?;
+        lab.b.disarm()?;
+        running.wait(SOON)?.expect_code(3)?;
+        // The kernel has sent it SIGHUP, and let it go on, since it stood still when its agent died.
+        all(Signal::SIGSTOP);
+        lab.b.restart_agent()?;
+        let refused = lab.a.limosa(&["--json", "migrate", "web", "--to", "b"])?.expect_code(1)?;
+        let pid = vmms.first().context("no VMM at the destination")?;
+        refused.expect_words(&format!("an earlier VMM of this guest lives at the destination (process {pid})"))?;
+        ensure!(lab.b.vmms(None) == vmms, "{:?} is not {vmms:?}", lab.b.vmms(None));
+        lab.a.guest_lives("web")?;
+        all(Signal::SIGCONT);
+        wait_for(SOON, "the earlier VMM to be given up", || Ok(lab.b.vmms(None).is_empty().then_some(())))?;
         lab.unharmed(guest)
     });
 }

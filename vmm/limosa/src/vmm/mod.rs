@@ -17,6 +17,7 @@ use limosa_agent::vm_config::VmConfig;
 use limosa_plug::{Ended, EventSender, ServeOptions, Token, VmState, events, serve};
 use limosa_proto::identity::VmId;
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
 use plugged::{Plugged, Running};
 use ring::rand::SecureRandom as _;
 use std::io::Read as _;
@@ -36,6 +37,9 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
     // The agent is not dumpable at all; a VMM stays so, because others on this host look up who holds an image.
     setrlimit(Resource::RLIMIT_CORE, 0, 0)
         .map_err(|error| ApiError::refused("vmm", format!("core dumps cannot be switched off: {error}")))?;
+    if args.plug.is_some() {
+        outlive_the_agent().map_err(|error| ApiError::refused("vmm", format!("SIGHUP cannot be blocked: {error}")))?;
+    }
     let token = token(args.token.as_deref())?;
     let path = args.console.as_deref();
     let console = path.map(|path| {
@@ -49,6 +53,14 @@ pub(crate) fn run(args: &VmmArgs) -> Exit {
         let _ = std::fs::remove_file(path);
     }
     ended
+}
+
+/// When an agent dies, the kernel sends SIGHUP to a VMM of it that stands still at that moment (its process group has become an
+/// orphaned one with a stopped member), and that would be the guest's end. Blocked before there is another thread: all inherit it.
+fn outlive_the_agent() -> nix::Result<()> {
+    let mut hangup = SigSet::empty();
+    hangup.add(Signal::SIGHUP);
+    hangup.thread_block()
 }
 
 fn run_with(args: &VmmArgs, token: Token, console: Option<Console>) -> Exit {
