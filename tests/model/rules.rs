@@ -245,6 +245,9 @@ pub(crate) fn destination_action(rules: Rules, world: &mut World, action: Destin
                 DestinationOutcome::Running => world.destination.tasks.push(Task::Owe { generation, ended: Ended::Came }),
                 // As after a restart: it is decided again as long as the VMM is there.
                 DestinationOutcome::Discarded { left: true, .. } => world.destination.open = Some(generation),
+                DestinationOutcome::Discarded { durable: false, .. } => {
+                    world.destination.tasks.push(Task::Owe { generation, ended: Ended::GivenUp });
+                }
                 _ => {}
             }
         }

@@ -418,6 +418,7 @@ fn die<E>(host: &mut Host<E>, durable: bool) {
             Task::Journal { kind, generation } | Task::Note { kind, generation, .. } | Task::Settle { kind, generation, .. },
         ) => Some((*kind, *generation)),
         Some(Task::Owe { generation, ended: Ended::Stayed }) => Some((JournalRecordKind::Aborted, *generation)),
+        Some(Task::Owe { generation, ended: Ended::GivenUp }) => Some((JournalRecordKind::Discarded, *generation)),
         Some(Task::Owe { generation, .. }) => Some((JournalRecordKind::Running, *generation)),
         Some(Task::Promise { generation }) => Some((JournalRecordKind::Aborted, *generation)),
         Some(Task::Discard { generation, .. }) => Some((JournalRecordKind::Discarded, *generation)),

@@ -535,6 +535,7 @@ impl World {
     fn arrived(&mut self, host: usize, session: &Session, outcome: &DestinationOutcome) {
         match outcome {
             DestinationOutcome::Discarded { left: true, .. } => self.decide_again(host, session.key, session.peer),
+            DestinationOutcome::Discarded { durable: false, .. } => self.owe(host, Owed::Record(session.key, Ended::GivenUp)),
             DestinationOutcome::Running => self.owe(host, Owed::Record(session.key, Ended::Came)),
             _ => {}
         }

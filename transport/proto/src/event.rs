@@ -523,9 +523,9 @@ pub enum DestinationOutcome {
         /// Who gave up.
         by: Side,
         /// Whether the journal says so durably. Before `ready` that is not needed; after it, false means that the
-        /// journal could not be written.
+        /// journal could not be written, and the agent owes the record.
         durable: bool,
-        /// Whether the VMM is left as it is, because `ready` may be durable and this is not: the agent has to decide again.
+        /// Whether the VMM is left as it is, because Ready was said and `discarded` is not durable: the agent has to decide again.
         left: bool,
     },
     /// Committed, and the VMM could not be brought to run the guest. It is on no host until someone acts.

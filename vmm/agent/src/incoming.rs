@@ -226,6 +226,7 @@ async fn show(
     match &ended {
         Ok(DestinationOutcome::Running) => settle::owe(&agent, migration, generation, Ended::Came),
         Ok(DestinationOutcome::Discarded { left: true, .. }) => settle::decide_again(&agent, job, vm, migration, generation),
+        Ok(DestinationOutcome::Discarded { durable: false, .. }) => settle::owe(&agent, migration, generation, Ended::GivenUp),
         _ => {}
     }
     let ending = match ended {

@@ -32,7 +32,7 @@ pub(super) struct Discarding {
     words: String,
     by: Side,
     until: Instant,
-    /// Whether `ready` may be durable.
+    /// Whether Ready was said.
     ready: bool,
 }
 
@@ -167,7 +167,7 @@ pub(super) fn drop_unready(core: &mut Core, code: Code, words: &str, by: Side) -
 }
 
 /// Gives up when `ready` may be durable, or the source asks for a verdict: first the journal says so, then the VMM
-/// goes, then the source hears it. Commit has no effect any more. `ready`: whether that may be durable.
+/// goes, then the source hears it. Commit has no effect any more. `ready`: whether Ready was said.
 pub(super) fn discard(core: &mut Core, code: Code, words: &str, by: Side, ready: bool) -> State {
     let words = fit(words, WORDS_BYTES_MAX);
     core.journal(JournalRecordKind::Discarded, &words);
@@ -195,7 +195,8 @@ impl Discarding {
     }
 
     fn end(self, core: &mut Core, durable: bool) -> State {
-        // Where `ready` is found after a restart and this is not, only the VMM can show that the guest never ran.
+        // Where `ready` is found after a restart and this is not, only the VMM can show that the guest never ran; but a source
+        // that was never told Ready has released nothing and says so, and the VMM's memory is free at once.
         let left = core.prepared && !durable && self.ready;
         if core.prepared && !left {
             core.act(DestinationAction::Discard);

@@ -358,8 +358,7 @@ impl State {
     fn fail(self, core: &mut Core, code: Code, words: String, by: Side) -> State {
         let name = self.name();
         if name >= DestinationState::Noting || core.asked && name != DestinationState::Listening {
-            let ready = name >= DestinationState::Noting;
-            ending::discard(core, code, &words, by, ready)
+            ending::discard(core, code, &words, by, name == DestinationState::Ready)
         } else {
             ending::drop_unready(core, code, &words, by)
         }

@@ -594,10 +594,11 @@ fn a_discard_that_is_not_durable_leaves_the_vmm_that_can_tell() {
     };
     let cancel = || DestinationEvent::Cancel("please".to_owned());
     assert_eq!(gives_up(DestinationState::Ready, cancel()), (false, true));
-    assert_eq!(gives_up(DestinationState::Noting, cancel()), (false, true));
+    // Ready was not said yet, so there is nothing to tell that the source does not know.
     let asked = || DestinationEvent::Message(Message::VerdictAsk { released: false });
-    assert_eq!(gives_up(DestinationState::Receiving, asked()), (false, true));
-    // `ready` was not written yet, so there is nothing to tell.
+    assert_eq!(gives_up(DestinationState::Loading, cancel()), (true, false));
+    assert_eq!(gives_up(DestinationState::Noting, cancel()), (true, false));
+    assert_eq!(gives_up(DestinationState::Receiving, asked()), (true, false));
     assert_eq!(gives_up(DestinationState::Preparing, asked()), (true, false));
 }
 
