@@ -53,11 +53,11 @@ fuzz: ## every decoder, the plug's ends, both state machines and every virtio de
 	fuzz/run.sh $(or $(SECONDS),600)
 	LIMOSA_FUZZ_SECONDS=$(or $(SECONDS),600) $(CARGO) test -p limosa-machine --lib -- --nocapture --test-threads 1 survives_any_driver
 
-soak: ## real kills for hours: each harm at each fail point, then N=300 at random times with a release build (SEED=n, STAND_MS=30000) (root)
+soak: ## real kills for hours: each harm at each fail point, then N=300 at random times with a release build (SEED=n, STAND_MS=30000, WORKERS=n labs at once) (root)
 	@packaging/setup.sh demo
 	$(CARGO) build --release -p limosa
 	$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_every_harm_at_every_point
-	LIMOSA_BIN=$(CURDIR)/target/release/limosa N=$(or $(N),300) $(if $(SEED),SEED=$(SEED)) $(if $(STAND_MS),STAND_MS=$(STAND_MS)) \
+	LIMOSA_BIN=$(CURDIR)/target/release/limosa N=$(or $(N),300) $(if $(SEED),SEED=$(SEED)) $(if $(STAND_MS),STAND_MS=$(STAND_MS)) $(if $(WORKERS),WORKERS=$(WORKERS)) \
 		$(CARGO) test -p rig --test kills -- --ignored --nocapture --test-threads 1 soak_at_random_times
 
 tidy: ## the rules of the house alone (tests/tidy.rs)

@@ -129,6 +129,7 @@ struct Course<'a> {
     lab: &'a mut Lab,
     guest: GuestSpec,
     number: u8,
+    dirty: &'a str,
     /// Whether it is on the first host.
     on_a: bool,
     /// How long who is stopped stands still, and links are cut.
@@ -141,13 +142,15 @@ fn config() -> AgentConfig {
     config.migration("ready_ms_max", 2000).migration("announce_schedule_ms", "[50, 100]")
 }
 
-fn spec(number: u8) -> GuestSpec {
-    GuestSpec::new(&format!("web{number}"), number).memory("64M", "8M").dirty("4M", "8M")
+/// A guest that writes `dirty` bytes a second.
+fn spec(number: u8, dirty: &str) -> GuestSpec {
+    GuestSpec::new(&format!("web{number}"), number).memory("64M", "8M").dirty(dirty, "8M")
 }
 
 impl<'a> Course<'a> {
-    fn new(lab: &'a mut Lab, stand: Duration) -> Result<Course<'a>> {
-        let mut course = Course { lab, guest: spec(0), number: 0, on_a: true, stand, came_to: BTreeMap::new() };
+    fn new(lab: &'a mut Lab, stand: Duration, dirty: &'a str) -> Result<Course<'a>> {
+        let guest = spec(0, dirty);
+        let mut course = Course { lab, guest, number: 0, dirty, on_a: true, stand, came_to: BTreeMap::new() };
         course.new_guest()?;
         Ok(course)
     }
@@ -155,7 +158,7 @@ impl<'a> Course<'a> {
     /// A fresh guest: another name and address, since the switch believes for minutes where the old one was.
     fn new_guest(&mut self) -> Result<()> {
         self.number = self.number % 100 + 1;
-        self.guest = spec(self.number);
+        self.guest = spec(self.number, self.dirty);
         self.on_a = true;
         self.lab.guest(&self.guest)
     }
@@ -375,7 +378,7 @@ fn at_points(cases: &[(Point, Harm)], stand: Duration) {
     };
     let config = AgentConfig { binary, ..config() };
     with_lab(config, |lab| {
-        let mut course = Course::new(lab, stand)?;
+        let mut course = Course::new(lab, stand, "4M")?;
         for (point, harm) in cases {
             let start = Instant::now();
             let again = || format!("HARM={harm:?} POINT={}, and `one_harm_at_one_point` does it again", point.name());
@@ -433,10 +436,10 @@ impl Numbers {
 }
 
 /// So many harms at random times; gives what came of them.
-fn at_random(count: u64, seed: u64, stand: Duration) {
+fn at_random(count: u64, seed: u64, stand: Duration, dirty: &str) {
     eprintln!("seed {seed}, {count} harms, stops and cuts of {} ms", stand.as_millis());
     with_lab(config(), |lab| {
-        let mut course = Course::new(lab, stand)?;
+        let mut course = Course::new(lab, stand, dirty)?;
         let mut numbers = Numbers(seed.max(1));
         let began = Instant::now();
         // As long as one takes that comes to no harm.
@@ -465,17 +468,25 @@ fn now_seed() -> u64 {
 
 #[test]
 fn harms_at_random_times() {
-    at_random(8, number("SEED").unwrap_or_else(now_seed), SILENCE + Duration::from_millis(700));
+    at_random(8, number("SEED").unwrap_or_else(now_seed), SILENCE + Duration::from_millis(700), "4M");
 }
 
-/// `make soak`: N migrations that come to harm at random times, with a release build.
+/// `make soak`: N migrations that come to harm at random times, with a release build, in as many labs at once as WORKERS says: most
+/// of the time goes by in waiting for what stands still.
 #[test]
 #[ignore = "takes an hour: make soak"]
 fn soak_at_random_times() {
     let binary = process::limosa_bin().unwrap();
     assert!(binary.display().to_string().contains("release"), "{} is no release build", binary.display());
     assert!(!has_points(&std::fs::read(binary).unwrap()), "a release build has fail points");
-    at_random(number("N").unwrap_or(300), number("SEED").unwrap_or_else(now_seed), stand());
+    let (count, seed) = (number("N").unwrap_or(300), number("SEED").unwrap_or_else(now_seed));
+    let workers = number("WORKERS").unwrap_or(1).clamp(1, count.max(1));
+    std::thread::scope(|scope| {
+        for worker in 0..workers {
+            // Each has a whole share, and together they have at least N.
+            scope.spawn(move || at_random(count.div_ceil(workers), seed + worker, stand(), "1M"));
+        }
+    });
 }
 
 /// `make soak`: every harm at every point.
