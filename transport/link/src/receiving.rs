@@ -27,6 +27,8 @@ struct Barrier {
     waiting: usize,
     /// Lanes that are through the last barrier and have not told their sources yet.
     telling: usize,
+    /// Lanes whose threads may still write guest memory.
+    working: usize,
     counts: (u64, u64, u64),
     /// Contents have begun to come: what the source never touched, it has named before them.
     begun: bool,
@@ -87,8 +89,15 @@ impl ReceiveLanes {
         // A device that takes memory in gives it real pages too; what it never takes in stays free.
         let populate = if opener.is_some() { Populate::No } else { populate };
         let (known, written) = (Arrived::new(pages.memory_map()), Arrived::new(pages.memory_map()));
-        let barrier =
-            Mutex::new(Barrier { lanes: usize::MAX, round: 1, waiting: 0, telling: 0, counts: (0, 0, 0), begun: false });
+        let barrier = Mutex::new(Barrier {
+            lanes: usize::MAX,
+            round: 1,
+            waiting: 0,
+            telling: 0,
+            working: 0,
+            counts: (0, 0, 0),
+            begun: false,
+        });
         let (passed, stop) = (Condvar::new(), AtomicBool::new(false));
         let shared = Arc::new(Shared { pages, tag, barrier, passed, stop, known, written, counters, events });
         let mut this =
@@ -117,10 +126,13 @@ impl ReceiveLanes {
     /// Starts the thread of one lane.
     pub(crate) fn join(&mut self, number: u16, lane: Box<dyn LaneReceiver>) -> io::Result<()> {
         self.closers.push(lane.closer()?);
-        let shared = self.shared.clone();
+        let working = Working::new(&self.shared);
         let thread = std::thread::Builder::new().name(format!("lane-in-{number}")).spawn(move || {
+            // Dropped last, after the lane.
+            let working = working;
+            let shared = &working.0;
             let _open = CountedOpen::new();
-            let mut lane = Lane { lane, shared: &shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0, begun: false };
+            let mut lane = Lane { lane, shared, round: 1, runs: Vec::new(), counts: (0, 0), bytes: 0, begun: false };
             if let Err(error) = lane.work()
                 && !shared.stop.load(Ordering::Relaxed)
             {
@@ -161,8 +173,8 @@ impl ReceiveLanes {
         self.closers.len()
     }
 
-    /// Ends every lane and waits for their threads: no lane writes guest memory afterwards. Population, which changes no
-    /// contents, is only told to stop.
+    /// Ends every lane and waits until each is dropped: no lane writes guest memory afterwards. That its thread ends, too, takes
+    /// time that belongs to the downtime and is not waited for. Population, which changes no contents, is only told to stop.
     pub(crate) fn end(&mut self) {
         {
             let barrier = self.shared.barrier();
@@ -172,20 +184,41 @@ impl ReceiveLanes {
         }
         self.shared.passed.notify_all();
         self.closers.iter().for_each(LaneCloser::close);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        let works = |barrier: &mut Barrier| barrier.working > 0;
+        drop(self.shared.passed.wait_while(self.shared.barrier(), works).unwrap_or_else(PoisonError::into_inner));
     }
 }
 
 impl Drop for ReceiveLanes {
     fn drop(&mut self) {
         self.end();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
         // Nobody is left whom its word could help.
         let _ = self.take_back();
         if let Some(populating) = self.populating.take() {
             let _ = populating.join();
         }
+    }
+}
+
+/// A lane's thread may write guest memory for as long as this lives, however it ends.
+struct Working(Arc<Shared>);
+
+impl Working {
+    fn new(shared: &Arc<Shared>) -> Working {
+        shared.barrier().working += 1;
+        Working(shared.clone())
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        let mut barrier = self.0.barrier();
+        barrier.working = barrier.working.saturating_sub(1);
+        drop(barrier);
+        self.0.passed.notify_all();
     }
 }
 
@@ -310,8 +343,8 @@ impl Lane<'_> {
                 zero_pages: barrier.counts.1,
                 bytes_on_wire: bytes - barrier.counts.2,
             };
-            let (lanes, round) = (barrier.lanes, barrier.round.saturating_add(1));
-            *barrier = Barrier { lanes, round, waiting: 0, telling: lanes, counts: (0, 0, bytes), begun: true };
+            let (lanes, round, working) = (barrier.lanes, barrier.round.saturating_add(1), barrier.working);
+            *barrier = Barrier { lanes, round, waiting: 0, telling: lanes, working, counts: (0, 0, bytes), begun: true };
             let _ = shared.events.send(LaneEvent::Round(counts));
             shared.passed.notify_all();
         }

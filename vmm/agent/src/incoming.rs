@@ -15,7 +15,7 @@ use crate::jobs::Ending;
 use crate::links;
 use crate::networks;
 use crate::outgoing::{host_error, resume};
-use crate::pages::GuestPages;
+use crate::pages::{GuestPages, huge_pages};
 use crate::pausing::hold;
 use crate::process::memory_available;
 use crate::settle;
@@ -25,7 +25,7 @@ use limosa_link::driver::fresh_token;
 use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
 use limosa_link::{Caller, Cancel, CommandChannel, DestinationHost, HostError, Hosting, Incoming, Pages, Peer, Reaching};
-use limosa_plug::{HugePages, PlugConnection, VmState as Plugged};
+use limosa_plug::{PlugConnection, VmState as Plugged};
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat::{self, HostOffer};
 use limosa_proto::cpu::CpuProfile;
@@ -380,7 +380,7 @@ impl DestinationHost for Receiving {
         }
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
-        let memory = described.map(HugePages::Never).map_err(|e| HostError::new(e.to_string()))?;
+        let memory = described.map(huge_pages(vm)).map_err(|e| HostError::new(e.to_string()))?;
         failpoints::at(Point::DestinationPrepared)?;
         Ok(Arc::new(GuestPages(memory)))
     }

@@ -8,7 +8,7 @@ use crate::cutting::{self, Ends, Other};
 use crate::disks::{self, Marks};
 use crate::hosts::Host;
 use crate::leaving;
-use crate::pages::GuestPages;
+use crate::pages::{GuestPages, huge_pages};
 use crate::settle;
 use crate::tickets;
 use crate::vm::{Claim, Vm, VmState};
@@ -16,7 +16,7 @@ use limosa_announce::Kept;
 use limosa_link::choose::Wanted;
 use limosa_link::failpoints::{self, Point};
 use limosa_link::{HostError, Pages, SourceHost};
-use limosa_plug::{HugePages, PlugError, VmState as Plugged};
+use limosa_plug::{PlugError, VmState as Plugged};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::identity::MigrationId;
@@ -162,7 +162,7 @@ fn prepare(agent: &Agent, request: &MigrateRequest) -> Result<Prepared, ApiError
     let connection = claim.vm().connection_within(REPLUG_MAX).map_err(failed)?;
     let described = connection.describe().map_err(|e| failed(e.to_string()))?;
     let mut description = claim.vm().with_learned(described.description.clone());
-    let memory = described.map(HugePages::Never).map_err(|e| failed(e.to_string()))?;
+    let memory = described.map(huge_pages(&description)).map_err(|e| failed(e.to_string()))?;
     let marked = disks::mark(&agent.config.state_dir, &mut description);
     let marks = marked.map_err(|words| ApiError::refused("disk", words))?;
     Ok(Prepared { plan, host, wanted, claim, description, pages: Arc::new(GuestPages(memory)), marks, ticket })

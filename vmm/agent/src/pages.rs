@@ -1,10 +1,22 @@
 //! Guest memory as the lanes want it, over guest memory as the plug maps it. Nothing but the joint of the two.
 
+use crate::vm_config::VmConfig;
 use limosa_link::Pages;
-use limosa_plug::GuestMemory;
+use limosa_plug::{GuestMemory, HugePages};
 use limosa_proto::memory::{MemoryMap, PageRange};
+use limosa_proto::wire::message::VmDescription;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+/// What the agent's mapping asks the kernel for: huge pages where the guest's file does (`thp`). Whoever touches a page first decides
+/// how large it is, and for a guest that comes that is the agent.
+pub(crate) fn huge_pages(vm: &VmDescription) -> HugePages {
+    let text = std::str::from_utf8(&vm.config).unwrap_or_default();
+    // One that is no configuration is refused by the VMM, in words.
+    let asked = VmConfig::parse(Path::new("the guest's configuration"), text).is_ok_and(|config| config.thp);
+    if asked { HugePages::Ask } else { HugePages::Never }
+}
 
 /// A guest's memory, mapped.
 #[derive(Debug)]
@@ -49,5 +61,27 @@ impl Pages for GuestPages {
 
     fn populate(&self, range: PageRange) -> io::Result<()> {
         self.0.populate(range)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use limosa_proto::identity::VmId;
+    use limosa_proto::memory::{Gpa, Region};
+
+    #[test]
+    fn huge_pages_are_asked_for_where_the_guests_file_does() {
+        let memory = MemoryMap::new(vec![Region { gpa: Gpa(0), bytes: 64 << 20, page_bytes: 4096 }]).unwrap();
+        let of = |more: &str| {
+            let config = format!("name = \"web\"\nmemory = \"64M\"\nkernel = \"/x\"\n{more}").into_bytes();
+            let (id, name, vmm, memory) = (VmId([1; 16]), "web".into(), "limosa".into(), memory.clone());
+            let (nics, disks, records) = (Vec::new(), Vec::new(), Vec::new());
+            huge_pages(&VmDescription { id, name, vcpus: 1, memory, nics, disks, vmm, records, config, cpu: Default::default() })
+        };
+        let asked = ["thp = true\n", "thp = false\n", "", "thp = \"\\u0000\"\n", "]["].map(of);
+        let (ask, never) = (HugePages::Ask, HugePages::Never);
+        assert_eq!(asked, [ask, never, never, never, never]);
     }
 }

@@ -7,7 +7,6 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use crate::cpu;
 use crate::kvm::{self, Capabilities, KvmError};
 use crate::state::{Kind, RecordError, StateRecord};
-use crate::vcpu_state::VcpuRecord;
 
 /// MSRs that tell a guest what its CPU can do, beside CPUID: ARCH_CAPABILITIES.
 const FEATURE_MSRS: [u32; 1] = [0x10a];
@@ -79,12 +78,13 @@ pub fn saved_cpuid(record: &StateRecord) -> Result<Option<Vec<kvm_cpuid_entry2>>
     if record.kind != Kind::Vcpu as u16 {
         return Ok(None);
     }
-    let read: Result<(VcpuRecord, _), _> = postcard::take_from_bytes(&record.bytes);
+    // It is the record's first field, and the rest is read once only: by who loads it.
+    let read: Result<(Vec<kvm_cpuid_entry2>, _), _> = postcard::take_from_bytes(&record.bytes);
     let unreadable = |error: postcard::Error| RecordError::Body {
         kind: "vcpu",
         instance: record.instance,
         what: "read",
         reason: error.to_string(),
     };
-    read.map(|(state, _)| Some(state.cpuid)).map_err(unreadable)
+    read.map(|(cpuid, _)| Some(cpuid)).map_err(unreadable)
 }

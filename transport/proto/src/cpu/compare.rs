@@ -1,8 +1,9 @@
 //! A guest's CPU against a host's: everything that the guest uses and the host cannot give it, in words that name it.
 //! What a guest only knows its CPU by (brand, topology, caches) is not compared: it keeps that.
 
+use super::features::{Register, registers};
 use super::limit::{FAULTS, covers};
-use super::{CpuProfile, MSR_ARCH_CAPABILITIES, component_name, features};
+use super::{CpuProfile, MSR_ARCH_CAPABILITIES, component_name};
 
 /// How far two clocks may be apart and still count as the same, in parts per million: KVM's own tolerance.
 pub const TSC_TOLERANCE_PPM: u64 = 250;
@@ -112,8 +113,12 @@ pub fn compare(guest: &CpuProfile, host: &CpuProfile) -> Comparison {
 }
 
 fn missing_features(guest: &CpuProfile, host: &CpuProfile) -> Vec<String> {
+    // Whole registers first: a destination compares every vCPU that was saved, while the guest stands still.
+    let value = |profile: &CpuProfile, one: &Register| profile.value(one.function, one.index, one.reg);
+    let lacking = registers().iter().filter(|one| value(guest, one) & !value(host, one) != 0);
     let lacks = |feature: &super::Feature| guest.has(*feature) && !host.has(*feature);
-    let mut missing: Vec<String> = features().filter(lacks).map(|feature| feature.to_string()).collect();
+    let mut missing: Vec<String> =
+        lacking.flat_map(Register::features).filter(lacks).map(|feature| feature.to_string()).collect();
     let (wants, has) = (guest.physical_bits(), host.physical_bits());
     if wants > has && has != 0 {
         missing.push(format!("physical addresses of {wants} bits, where it has {has} (CPUID 0x80000008 EAX)"));

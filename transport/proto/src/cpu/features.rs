@@ -161,7 +161,7 @@ impl Register {
         self.names.split_ascii_whitespace().nth(index).filter(|name| *name != "-")
     }
 
-    fn features(&'static self) -> impl Iterator<Item = Feature> {
+    pub(super) fn features(&'static self) -> impl Iterator<Item = Feature> {
         (0..u32::BITS).filter(|bit| self.mask >> bit & 1 == 1).map(move |bit| Feature { register: self, bit })
     }
 }

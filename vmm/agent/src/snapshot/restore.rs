@@ -9,11 +9,12 @@ use crate::config::{NAME_WANTS, plain_name};
 use crate::disks;
 use crate::incoming::offer;
 use crate::jobs::{Ending, unix_ms};
+use crate::pages::huge_pages;
 use crate::pausing::{hold, take_up, tell};
 use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::Cancel;
-use limosa_plug::{GuestMemory, HugePages};
+use limosa_plug::GuestMemory;
 use limosa_proto::commit::{JournalRecord, JournalRecordKind};
 use limosa_proto::compat;
 use limosa_proto::identity::{Generation, MigrationId};
@@ -173,7 +174,7 @@ fn make(agent: &Agent, id: u64, restoring: &Restoring, records: Vec<Record>, can
     disks::put_saved_paths(&agent.config.storage, &mut own)?;
     let made = connection.prepare(&own, &agent.config.bridges()).map_err(|error| error.to_string())?;
     agent.vms.learn(&agent.config, vm, &described.nics);
-    let memory = made.map(HugePages::Never).map_err(|error| error.to_string())?;
+    let memory = made.map(huge_pages(described)).map_err(|error| error.to_string())?;
     fill(agent, id, restoring, &memory, cancel)?;
     if restoring.paused {
         hold(vm, Duration::ZERO).map_err(|error| error.to_string())?;

@@ -325,9 +325,13 @@ impl VirtioDevice {
         if gate.target != Target::Quit {
             gate.target = target;
         }
-        self.gate_changed.notify_all();
+        // Whoever is woken with the lock held wakes for nothing: it takes this thread's CPU and then waits for the lock.
         drop(gate);
-        self.wake();
+        self.gate_changed.notify_all();
+        // A parked thread waits there, and looks at everything when it is let run.
+        if target != Target::Running {
+            self.wake();
+        }
     }
 
     /// Lets the device work.
