@@ -47,6 +47,10 @@ pub struct ListenerSettings {
     pub unauthenticated_max: usize,
     /// Most of them from one address (of IPv6: from one /64); its own oldest makes room.
     pub unauthenticated_of_one_max: usize,
+    /// Most handshakes that come to nothing which one address may begin at once. Those of a known peer do not count.
+    pub trials_at_once: u32,
+    /// How soon it may begin another one after that.
+    pub trial_each: Duration,
     /// How long a peer has from its connection to its first words.
     pub handshake_max: Duration,
     /// A peer that acknowledges nothing for this long is lost.
@@ -62,6 +66,9 @@ impl Default for ListenerSettings {
             unauthenticated_max: 128,
             // Two migrations may open their 16 lanes at once.
             unauthenticated_of_one_max: 36,
+            trials_at_once: 128,
+            // A hundred a second are 1 % or 2 % of a core.
+            trial_each: Duration::from_millis(10),
             handshake_max: Duration::from_secs(5),
             peer_silence_max: limosa_proto::event::PEER_SILENCE_MAX,
             here: Here::default(),
@@ -126,7 +133,7 @@ impl Listener {
         socket.listen(BACKLOG)?;
         let listener = TcpListener::from_std(socket.into())?;
         let (operators, counters, log) = (TrustedHosts::default(), Arc::default(), SparingByAddress::default());
-        let trials = Trials::default();
+        let trials = Trials::new(settings.trials_at_once, settings.trial_each);
         let gate = Arc::new(Gate { settings, key, trusted, operators, counters, trials, log });
         Ok(Listener { listener, gate, allow })
     }

@@ -234,6 +234,29 @@ async fn a_known_host_that_trickles_its_first_words_loses_its_stream() {
     good(&toy, &port).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_that_try_again_and_again_are_not_answered_and_a_known_host_is() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let listener = ListenerSettings { trials_at_once: 4, trial_each: Duration::from_secs(2), ..ListenerSettings::default() };
+    let port = Port::with(&toy, listener, QuicSettings::default());
+    let stranger = HostKey::generate().unwrap();
+    let attempt = async || tokio::time::timeout(Duration::from_millis(700), bare(port.address, &stranger)).await;
+    for number in 0..4 {
+        let told = attempt().await;
+        assert!(told.is_ok(), "number {number} was not told that it is not trusted");
+    }
+    until("four were refused for their key", || port.count(|all| &all.not_trusted) + port.count(|all| &all.broken) == 4).await;
+    let begun = port.count(|all| &all.handshakes_begun);
+    assert!(attempt().await.is_err(), "a fifth was answered");
+    assert_eq!(port.count(|all| &all.handshakes_begun), begun, "a handshake was begun for it");
+    assert!(port.count(|all| &all.crowded_out) > 0);
+    // One that is known comes from the same address: it says its first packet again until it is answered, and then does not count.
+    for _ in 0..3 {
+        good(&toy, &port).await;
+    }
+    println!("{:?}", port.counters);
+}
+
 /// Sends packets as they were sent before, and waits until nothing of it is met any more.
 async fn say_again(port: &Port, from: SocketAddr, packets: &[Vec<u8>]) {
     // The wire's own socket may take a moment to close.

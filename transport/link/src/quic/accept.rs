@@ -95,6 +95,7 @@ impl QuicListener {
         let socket = Socket::new(socket::open(address, &quic)?, Some(gate()))?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(settings::endpoint(), Some(base.clone()), socket, runtime)?;
+        let trials = Trials::new(settings.trials_at_once, settings.trial_each);
         let door = Arc::new(Door {
             settings,
             quic,
@@ -103,7 +104,7 @@ impl QuicListener {
             trusted,
             gate: gate(),
             shares: Shares::new(CONNECTIONS_OF_ONE_MAX),
-            trials: Trials::default(),
+            trials,
             log: SparingByAddress::default(),
         });
         Ok(QuicListener { endpoint, door })
