@@ -8,17 +8,17 @@
 
 #[path = "common/mod.rs"]
 mod common;
+#[path = "../tests/hello/mod.rs"]
+mod hello;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use common::{machine, median, spread};
-use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_cpu};
 use rig::flood::{Extent, Flood, beginnings};
 use rig::process::memory_kib;
 use rig::{AgentConfig, GuestSpec, Host, Lab};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -90,27 +90,29 @@ impl Drop for Bystander {
     }
 }
 
-/// The first words of a real source.
-fn hello() -> Result<Vec<u8>> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (key, to) = (HostKey::generate()?, listener.local_addr()?.to_string());
-    let asking = std::thread::spawn(move || {
-        let link = TcpLink::new(to, key.id(), key, TrustedHosts::default(), Duration::from_secs(5));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        // It is not answered.
-        runtime.map(|runtime| runtime.block_on(ask_cpu(&link)).is_err())
-    });
-    let mut bytes = vec![0; 4096];
-    let count = listener.accept()?.0.read(&mut bytes)?;
-    bytes.truncate(count);
-    asking.join().ok().context("asking")??;
-    Ok(bytes)
-}
-
 /// Kibibytes of an agent: its own, and with the guest's that it maps.
 fn memory(host: &Host) -> Result<(u64, u64)> {
     let pid = host.agent_pid()?;
     Ok((memory_kib(pid, "RssAnon")?, memory_kib(pid, "VmRSS")?))
+}
+
+/// Seconds of processor time that a host's agent has used, all of its threads together.
+fn cpu_seconds(host: &Host) -> Result<f64> {
+    let mut all = 0;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", host.agent_pid()?))? {
+        let text = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+        all += text.split(' ').next().and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(all as f64 / 1e9)
+}
+
+/// What a flood alone, while nothing moves, costs the agent at which it is aimed: microseconds of processor time a connection.
+fn alone(options: &Options, lab: &Lab, words: &[Vec<u8>]) -> Result<f64> {
+    let extent = Extent { connections: options.connections, over: Duration::from_millis(options.over_ms), threads: 2 };
+    let before = cpu_seconds(&lab.b)?;
+    let (made, _) = Flood::start(&lab.watch, lab.b.address(), extent, words)?.wait()?;
+    std::thread::sleep(Duration::from_millis(500));
+    Ok((cpu_seconds(&lab.b)? - before) * 1e6 / made.max(1) as f64)
 }
 
 /// One migration in one way.
@@ -161,7 +163,7 @@ fn main() -> Result<()> {
         ensure!(std::env::var_os("LIMOSA_DEMAND_ALL").is_none(), "{lacks}");
         return Ok(());
     }
-    let (words, load) = (beginnings(&hello()?), machine::describe("", "lo").load);
+    let (words, load) = (beginnings(&hello::hello()?), machine::describe("", "lo").load);
     let mut lab = Lab::two_hosts()?;
     lab.start_agents(AgentConfig::default())?;
     let spec = GuestSpec::new("bench", 1).memory(&options.memory, "256M").dirty("0", "1M");
@@ -182,12 +184,13 @@ fn main() -> Result<()> {
         }
     }
     eprintln!();
+    let alone = (0..3).map(|_| alone(&options, &lab, &words)).collect::<Result<Vec<f64>>>()?;
     drop(bystander);
     lab.end()?;
     let times = |way: &str| rows.get(way).map_or(&[][..], |row| &row.total_ms);
     if options.json {
         let samples: BTreeMap<&str, &[f64]> = WAYS.into_iter().map(|way| (way, times(way))).collect();
-        println!("{}", json!({ "load": load, "total_ms": samples, "memory_kib": floods }));
+        println!("{}", json!({ "load": load, "total_ms": samples, "memory_kib": floods, "alone_us": alone }));
         return Ok(());
     }
     println!(
@@ -211,6 +214,7 @@ fn main() -> Result<()> {
         let columns = [cell(&row.total_ms), cell(&row.downtime_ms), cell(&row.made), percent(WAYS[0]), percent(WAYS[1])];
         println!("| {way} | {} |", columns.join(" | "));
     }
+    println!("\na flood while nothing moves: {} microseconds of the agent's processor time a connection", cell(&alone));
     println!("\nmemory of the flooded agent in KiB, its own (with the guest's that it maps): before, during, after");
     for [before, during, after] in floods {
         println!("{} ({}), {} ({}), {} ({})", before.0, before.1, during.0, during.1, after.0, after.1);

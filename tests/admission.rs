@@ -3,10 +3,13 @@
 //! are in `allow_list`.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs, unreachable_pub)]
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use rig::command::Output;
 use rig::process::{self, wait_for};
-use rig::{AgentConfig, Context, GuestSpec, Lab, Result, ensure, with_bare_lab, with_lab};
+use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, ensure, with_bare_lab, with_lab};
+use std::io::Write as _;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 /// Time for what is cut to end, on busy cores; far less than the silence after which a peer is lost.
@@ -237,6 +240,92 @@ fn a_host_is_trusted_by_its_address_when_its_key_was_compared() {
         std::fs::write(&file, host("c", &other))?;
         lab.a.limosa(&["host", "trust", "--file", &name])?.expect_code(0)?;
         ensure!(lab.a.ask(&["host", "list"])?.as_array().map(Vec::len) == Some(2), "c is not there");
+        let guest = GuestSpec::new("web", 1);
+        lab.guest(&guest)?;
+        lab.good_migration(&guest)
+    });
+}
+
+/// A command that is killed when the test fails.
+struct AtTerminal(Child);
+
+impl Drop for AtTerminal {
+    fn drop(&mut self) {
+        let _ = (self.0.kill(), self.0.wait());
+    }
+}
+
+/// Runs `limosa host trust` of b on a at a terminal of its own, types `keys` when it has asked (None: the terminal goes away), and gives
+/// the code and what was shown.
+fn at_a_terminal(lab: &Lab, keys: Option<&[u8]>) -> Result<(i32, String)> {
+    let (terminal, shown) = (nix::pty::openpty(None, None)?, lab.a.file("terminal"));
+    // No child may have the other end, or it never goes away.
+    fcntl(&terminal.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    let mut command = lab.a.netns.command(process::limosa_bin()?);
+    command.arg("--run-dir").arg(lab.a.run_dir()).args(["host", "trust", "b", "10.77.0.2"]);
+    command.stdin(Stdio::from(terminal.slave)).stdout(Stdio::null()).stderr(std::fs::File::create(&shown)?);
+    let mut child = AtTerminal(command.spawn()?);
+    // The command's own copy of the terminal would keep it open.
+    drop(command);
+    let text = || rig::command::read_text(&shown);
+    wait_for(SOON, "the question", || Ok(text().contains("(yes/no)").then_some(())))?;
+    ensure!(child.0.try_wait()?.is_none() && count(&lab.a)? == 0, "it did not wait for an answer: {}", text());
+    let mut master = std::fs::File::from(terminal.master);
+    let open = match keys {
+        Some(keys) => {
+            master.write_all(keys)?;
+            Some(master)
+        }
+        None => {
+            drop(master);
+            None
+        }
+    };
+    let ended = wait_for(SOON, "the command's end", || Ok(child.0.try_wait()?))?;
+    drop(open);
+    Ok((ended.code().unwrap_or(-1), text()))
+}
+
+fn count(host: &Host) -> Result<usize> {
+    Ok(host.ask(&["host", "list"])?.as_array().map_or(0, Vec::len))
+}
+
+#[test]
+fn a_person_at_a_terminal_says_yes_or_nothing_is_trusted() {
+    with_bare_lab(|lab| {
+        lab.a.start_agent(config())?;
+        lab.b.start_agent(config())?;
+        let b = lab.b.id()?;
+        let grouped: Vec<String> = b.as_bytes().chunks(4).map(|four| String::from_utf8_lossy(four).into_owned()).collect();
+        let long = [&[b'y'; 5000][..], b"\nyes\n"].concat();
+        // The last three: end of file (Ctrl-D) at once, behind a word, and the terminal closed.
+        let no: [(&str, Option<&[u8]>); 9] = [
+            ("no", Some(b"no\n")),
+            ("y", Some(b"y\n")),
+            ("YES", Some(b"YES\n")),
+            ("nothing", Some(b"\n")),
+            ("yes and more", Some(b"yes, I think\n")),
+            ("a line of 5000 letters", Some(&long)),
+            ("end of file", Some(b"\x04")),
+            ("no, end of file", Some(b"no\x04\x04")),
+            ("the terminal is closed", None),
+        ];
+        for (what, keys) in no {
+            let (code, shown) = at_a_terminal(lab, keys).context(what)?;
+            ensure!(code == 1 && shown.contains(&grouped.join("-")), "{what}: exit {code}, {shown}");
+            ensure!(count(&lab.a)? == 0, "{what}: trusted");
+        }
+        // "yes" counts only where a person could have compared: not from a pipe.
+        let mut command = lab.a.netns.command(process::limosa_bin()?);
+        command.arg("--run-dir").arg(lab.a.run_dir()).args(["host", "trust", "b", "10.77.0.2"]);
+        let mut piped = AtTerminal(command.stdin(Stdio::piped()).stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?);
+        let _ = piped.0.stdin.take().context("no pipe")?.write_all(b"yes\n");
+        let ended = wait_for(SOON, "the command's end", || Ok(piped.0.try_wait()?))?;
+        let said = std::io::read_to_string(piped.0.stderr.take().context("no pipe")?)?;
+        ensure!(ended.code() == Some(1) && said.contains("nobody is there to compare") && count(&lab.a)? == 0, "{ended}: {said}");
+        let (code, shown) = at_a_terminal(lab, Some(b"yes\n"))?;
+        ensure!(code == 0 && lab.a.ask(&["host", "list"])?[0]["id"] == b.as_str(), "exit {code}, {shown}");
+        lab.b.trust(&lab.a)?;
         let guest = GuestSpec::new("web", 1);
         lab.guest(&guest)?;
         lab.good_migration(&guest)

@@ -3,37 +3,16 @@
 //! `benches/flood.rs`, not here.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs, unreachable_pub)]
 
-use limosa_link::{HostKey, TcpLink, TrustedHosts, ask_cpu};
+mod hello;
+
 use rig::flood::{Extent, Flood, beginnings};
 use rig::process::{memory_kib, wait_for};
-use rig::{AgentConfig, Context, GuestSpec, Result, ensure, with_lab};
-use std::io::Read;
-use std::net::TcpListener;
+use rig::{AgentConfig, GuestSpec, ensure, with_lab};
 use std::time::Duration;
 
 /// What an agent may hold of its own for a flood: all places full, and what the allocator keeps.
 const GROWTH_KIB_MAX: u64 = 32 << 10;
 const SOON: Duration = Duration::from_secs(60);
-
-/// The first words of a real source.
-fn hello() -> Result<Vec<u8>> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let (key, to) = (HostKey::generate()?, listener.local_addr()?.to_string());
-    let asking = std::thread::spawn(move || {
-        let link = TcpLink::new(to, key.id(), key, TrustedHosts::default(), Duration::from_secs(5));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        // It is not answered.
-        runtime.map(|runtime| runtime.block_on(ask_cpu(&link)).is_err())
-    });
-    let (mut stream, _) = listener.accept()?;
-    let mut bytes = vec![0; 4096];
-    let count = stream.read(&mut bytes)?;
-    bytes.truncate(count);
-    drop(stream);
-    asking.join().ok().context("asking")??;
-    ensure!(bytes.first() == Some(&22), "no handshake: {bytes:02x?}");
-    Ok(bytes)
-}
 
 #[test]
 fn ten_thousand_connections_stop_no_migration_and_take_no_memory() {
@@ -44,7 +23,7 @@ fn ten_thousand_connections_stop_no_migration_and_take_no_memory() {
         let own = || memory_kib(pid, "RssAnon");
         let before = own()?;
         let extent = Extent { connections: 10_000, over: Duration::from_secs(6), threads: 4 };
-        let mut flood = Flood::start(&lab.watch, lab.b.address(), extent, &beginnings(&hello()?))?;
+        let mut flood = Flood::start(&lab.watch, lab.b.address(), extent, &beginnings(&hello::hello()?))?;
         wait_for(SOON, "the flood to have begun", || Ok((flood.made().0 > 500).then_some(())))?;
         let report = lab.a.migrate_well("web", &lab.b, &["--bandwidth", "32MB/s"])?;
         let made = flood.made();

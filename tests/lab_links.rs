@@ -17,6 +17,8 @@ const SHORT: Duration = Duration::from_secs(30);
 /// A migration in the lab: 32 MiB of content at 10 to 60 MB/s, with everything else emulated beside it.
 const MIGRATION: Duration = Duration::from_secs(120);
 const RUN: &str = "/run/limosa-test";
+/// The network of the lab's machines.
+const LAB_NETWORK: &str = "10.77.0.0/24";
 
 /// An agent in a lab machine.
 struct Station<'a> {
@@ -31,7 +33,7 @@ impl<'a> Station<'a> {
         machine.shell(&format!("mkdir -p {RUN}"), SHORT)?;
         let config = format!(
             "[agent]\nname = \"{name}\"\nlisten = [\"{ip}:13560\"]\nstate_dir = \"{RUN}/state\"\nrun_dir = \"{RUN}/run\"\n\
-             [allow]\npeers = [\"10.77.0.0/24\"]\n[rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\n\
+             [allow]\npeers = [\"192.0.2.0/24\"]\n[rdma]\ntrusted_fabric = [\"10.77.0.0/24\"]\n\
              [[network]]\nname = \"lan\"\nbridge = \"br0\"\n{rule}",
             rule = operator_in(machine)?.rule("rig"),
             name = machine.name,
@@ -45,6 +47,8 @@ impl<'a> Station<'a> {
             Ok(station.run(&["--json", "vm", "list"]).is_ok_and(|(code, _)| code == 0).then_some(()))
         });
         answers.with_context(|| format!("log of {}:\n{}", machine.name, station.log()))?;
+        // By a command, so that a test can take it back.
+        station.well(&["allow", "add", LAB_NETWORK])?;
         Ok(station)
     }
 
@@ -62,6 +66,13 @@ impl<'a> Station<'a> {
         let words = [&[binary.as_str(), "--run-dir", "/run/limosa-test/run", "--key", OPERATOR_KEY], words].concat();
         let output = self.machine.task(&words).limit(MIGRATION).run()?;
         Ok((output.status(), if output.ok() { output.text() } else { format!("{}\n{}", output.text(), output.errors()) }))
+    }
+
+    /// Runs a command that must succeed.
+    fn well(&self, words: &[&str]) -> Result<()> {
+        let (code, printed) = self.run(words)?;
+        ensure!(code == 0, "{} {words:?} ended with {code}: {printed}\n{}", self.machine.name, tail(&self.log()));
+        Ok(())
     }
 
     fn ask(&self, words: &[&str]) -> Result<Value> {
@@ -200,6 +211,43 @@ fn a_guest_moves_over_every_link_and_through_a_bad_network() {
             }
         }
         Ok(())
+    });
+}
+
+/// What the agent of alpha answers to an RDMA connect request of beta, which comes before TCP or any key.
+fn knock(alpha: &Station<'_>, beta: &Station<'_>, wants: &str) -> Result<()> {
+    let program = rig::roce::test_binary("limosa-link", "rdma", &[])?.display().to_string();
+    let words = [program.as_str(), "--ignored", "--nocapture", "--exact", "knocks_at_another_machine"];
+    let to = format!("{}:13560", alpha.machine.ip);
+    let things = alpha.rdma_things()?;
+    let output = beta.machine.task(&words).env("LIMOSA_KNOCK", &to).limit(SHORT).run()?;
+    let said = format!("{}{}", output.text(), output.errors());
+    ensure!(output.ok() && said.contains("1 passed"), "{said}");
+    let answer = said.lines().find_map(|line| line.split_once("the answer: ")).map(|(_, answer)| answer.to_owned());
+    println!("beta knocks at alpha by RDMA: {answer:?}");
+    ensure!(answer.as_deref().is_some_and(|answer| answer.contains(wants)), "{wants:?} is not in {said}");
+    ensure!(alpha.rdma_things()? == things, "something was made for it: {} instead of {things}", alpha.rdma_things()?);
+    Ok(())
+}
+
+/// A connect request from an address that is not on the list of peers, and one to an address of the host that takes no migrations, are
+/// refused before anything is made for them; the same request is judged by its token where both lists allow it.
+#[test]
+fn an_rdma_request_is_let_in_by_both_allow_lists_and_not_else() {
+    with_machines(|machines| {
+        let (alpha, beta) = stations(machines)?;
+        let (allowed, elsewhere) = ("no such migration waits for lanes", "192.0.2.7");
+        knock(&alpha, &beta, allowed)?;
+        alpha.well(&["allow", "remove", LAB_NETWORK])?;
+        knock(&alpha, &beta, &format!("{} is not on the allow-list", beta.machine.ip))?;
+        alpha.well(&["allow", "add", LAB_NETWORK])?;
+        alpha.well(&["allow", "add", "--here", elsewhere])?;
+        knock(&alpha, &beta, &format!("{} of the destination takes no migrations", alpha.machine.ip))?;
+        alpha.well(&["allow", "add", "--here", &alpha.machine.ip.to_string()])?;
+        knock(&alpha, &beta, allowed)?;
+        let guest = small("rover", 11);
+        alpha.start_guest(&guest)?;
+        there_and_back("rover", &alpha, &beta, "rdma").map(drop)
     });
 }
 

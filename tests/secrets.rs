@@ -2,10 +2,15 @@
 //! agents write while the guest moves, and in a core dump of an agent; and which privileges an agent and its VMMs have left.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, missing_docs, unreachable_pub)]
 
-use rig::{AgentConfig, Context, GuestSpec, Host, Result, bail, ensure, with_lab};
+use limosa_proto::ticket::Ticket;
+use rig::command::limosa;
+use rig::process::{self, wait_for};
+use rig::{AgentConfig, Context, GuestSpec, Host, Lab, Result, bail, ensure, with_lab};
 use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// Every file below `folder`.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
@@ -97,6 +102,33 @@ fn core_of(pid: u32, to: &Path) -> Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
+/// A ticket for a guest of a, for b: its text, and what makes it worth something, the signature at its end. Its number is no secret.
+fn ticket_for(lab: &Lab, vm: &str) -> Result<(String, Vec<u8>)> {
+    let key = lab.a.operator.key.to_string_lossy();
+    let (a, b) = (lab.a.id()?, lab.b.id()?);
+    let words = ["ticket", "make", "--key", &key, "--source", &a, "--destination", &b, "--vm", vm];
+    let text = limosa(&words)?.expect_code(0)?.stdout.trim().to_owned();
+    let bytes = Ticket::parse(&text)?.emit();
+    let signature = bytes.len().checked_sub(64).and_then(|from| bytes.get(from..)).context("a ticket without a signature")?;
+    Ok((text, signature.to_vec()))
+}
+
+/// Tickets that were used, refused and found to be none: neither what is printed nor any file has one.
+fn tickets_are_nowhere(lab: &Lab, tickets: &[(String, Vec<u8>)], printed: &[String]) -> Result<()> {
+    for (text, signature) in tickets {
+        // From the middle on: how each begins is the same, and is said in words about it.
+        let secret = text.get(text.len() / 2..).context("a short ticket")?;
+        for host in [&lab.a, &lab.b] {
+            nowhere("a ticket", secret.as_bytes(), host, &[])?;
+            nowhere("the signature of a ticket", signature, host, &[])?;
+        }
+        for said in printed {
+            ensure!(!said.contains(secret), "a ticket was printed: {said}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn guest_memory_and_keys_are_in_no_file_and_guest_memory_in_no_core_dump() {
     with_lab(AgentConfig::default(), |lab| {
@@ -105,7 +137,19 @@ fn guest_memory_and_keys_are_in_no_file_and_guest_memory_in_no_core_dump() {
         let vmm = lab.a.vmms(None).first().copied().context("no VMM")?;
         let page = page_of(vmm)?;
         let (ours, theirs) = (secret_of(&lab.a.state_dir().join("host.key"))?, secret_of(&lab.b.state_dir().join("host.key"))?);
-        let mut running = lab.a.start_slow("web", &lab.b, &[])?;
+        let vm = lab.a.ask(&["vm", "show", "web"])?;
+        let vm = vm["id"].as_str().with_context(|| format!("vm show: {vm}"))?;
+        let (used, other, broken) =
+            (ticket_for(lab, vm)?, ticket_for(lab, "ff0102030405060708090a0b0c0d0e0f")?, ticket_for(lab, vm)?);
+        let changed = broken.0.chars().rev().enumerate().map(|(at, letter)| if at == 9 { '!' } else { letter });
+        let changed: String = changed.collect::<Vec<_>>().into_iter().rev().collect();
+        let mut printed = Vec::new();
+        for bad in [&other.0, &changed] {
+            let refused = lab.a.migrate("web", &lab.b, &["--ticket", bad])?;
+            ensure!(refused.code != 0, "{refused:?}");
+            printed.push(refused.all());
+        }
+        let mut running = lab.a.start_slow("web", &lab.b, &["--ticket", &used.0])?;
         // Both agents map the guest now: a dump of either has nothing of it.
         let mut dumped = Vec::new();
         for host in [&lab.a, &lab.b] {
@@ -136,8 +180,11 @@ fn guest_memory_and_keys_are_in_no_file_and_guest_memory_in_no_core_dump() {
                 ensure!(!(names_memory && last.contains("/memfd:")) || flags.contains(" dd"), "{last} may be dumped: {flags}");
             }
         }
-        running.wait(std::time::Duration::from_secs(60))?.expect_code(0)?;
+        printed.push(running.wait(Duration::from_secs(60))?.expect_code(0)?.all());
         lab.guest_is_on(&guest, &lab.b, &lab.a)?;
+        let again = lab.b.migrate_well("web", &lab.a, &[]).and_then(|_| lab.a.migrate("web", &lab.b, &["--ticket", &used.0]))?;
+        printed.push(again.expect_code(1)?.expect_words("used already")?.all());
+        tickets_are_nowhere(lab, &[used, other, broken], &printed)?;
         let mut looked = BTreeMap::new();
         for host in [&lab.a, &lab.b] {
             let count = nowhere("a page of the guest", &page[..64], host, &[])?;
@@ -151,6 +198,49 @@ fn guest_memory_and_keys_are_in_no_file_and_guest_memory_in_no_core_dump() {
         println!("looked into {looked:?} files");
         ensure!(looked.values().all(|count| *count >= 4), "{looked:?}");
         Ok(())
+    });
+}
+
+/// Ends a process as a failed assertion would (SIGSEGV is caught by Rust's own handler), where core dumps are allowed without a limit: whether the kernel made one.
+fn dumps_core(pid: u32, wait: impl FnOnce() -> Result<std::process::ExitStatus>) -> Result<bool> {
+    let allowed = Command::new("prlimit").args(["--pid", &pid.to_string(), "--core=unlimited:unlimited"]).status()?;
+    ensure!(allowed.success(), "prlimit: {allowed}");
+    process::signal(pid, nix::sys::signal::Signal::SIGABRT);
+    Ok(wait()?.core_dumped())
+}
+
+#[test]
+fn an_agent_that_crashes_leaves_no_core_dump_with_keys_and_tickets() {
+    with_lab(AgentConfig::default(), |lab| {
+        let guest = GuestSpec::new("web", 1).memory("64M", "8M").dirty("2M", "4M");
+        lab.guest(&guest)?;
+        // Anybody else's crash leaves one here, or nothing is shown by there being none.
+        let folder = lab.a.file("crash");
+        std::fs::create_dir_all(&folder)?;
+        let mut other = Command::new("sleep").arg("60").current_dir(&folder).stdin(Stdio::null()).spawn()?;
+        let dumps = dumps_core(other.id(), || Ok(other.wait()?))?;
+        std::fs::remove_dir_all(&folder)?;
+        if !dumps {
+            rig::skip("the kernel makes no core dumps here (kernel.core_pattern)");
+            return Ok(());
+        }
+        // Both in the middle of a migration, when tickets and keys are in use.
+        for source in [false, true] {
+            let mut running = lab.a.start_slow("web", &lab.b, &[])?;
+            let host = if source { &mut lab.a } else { &mut lab.b };
+            let pid = host.agent_pid()?;
+            ensure!(!dumps_core(pid, || host.wait_agent_ended())?, "a core dump of the agent of {} was made", host.name);
+            running.wait(Duration::from_secs(60))?;
+            let host = if source { &mut lab.a } else { &mut lab.b };
+            host.restart_agent()?;
+            lab.a.wait_knows("web", true)?;
+            wait_for(Duration::from_secs(30), "both to have settled it", || {
+                let open = |host: &Host| Ok::<bool, rig::Error>(host.jobs()?.iter().any(|job| job["state"] == "running"));
+                Ok((!open(&lab.a)? && !open(&lab.b)?).then_some(()))
+            })?;
+            lab.settled(&lab.b, 0)?;
+        }
+        lab.unharmed(&guest)
     });
 }
 

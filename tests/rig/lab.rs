@@ -8,7 +8,7 @@ use crate::net::{GuestProbe, fdb_port};
 use crate::netns::{self, Netns, run};
 use crate::process::{self, wait_for};
 use crate::spec::GuestSpec;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
@@ -196,6 +196,18 @@ impl Lab {
     pub fn unharmed(&mut self, spec: &GuestSpec) -> Result<()> {
         self.guest_is_on(spec, &self.a, &self.b).context("after the failure the guest must run on at the source")?;
         self.good_migration(spec)
+    }
+
+    /// Fails if a heartbeat was said twice: a guest that ran on two hosts, or again from an old state, counts the same numbers.
+    pub fn never_two(&self, guest: &str) -> Result<()> {
+        let mut seen = std::collections::BTreeSet::new();
+        for host in [&self.a, &self.b] {
+            for beat in host.beats(guest) {
+                ensure!(seen.insert(beat.n), "heartbeat {} of {guest} was said twice: it ran twice", beat.n);
+            }
+        }
+        ensure!(seen.len() > 3, "no heartbeats to judge by");
+        Ok(())
     }
 
     /// A migration from the first to the second host that must succeed, with the guest verified there.

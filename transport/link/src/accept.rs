@@ -9,7 +9,7 @@ use crate::host::Peer;
 use crate::key::HostKey;
 use crate::lanes::LaneReceiver as _;
 use crate::refusals::{self, Port, Why};
-use crate::room::{Sparing, SparingByAddress, Waiting};
+use crate::room::{Sparing, SparingByAddress, Trials, Waiting};
 use crate::sessions::{Sessions, emit_lane_answer};
 use crate::tcp::{PlainReceiver, SecureReceiver, set_up, set_up_lane};
 use crate::tls::{self, Secured, TlsError, TrustedHosts};
@@ -29,6 +29,8 @@ use tokio::sync::oneshot;
 
 /// The TLS alert (`internal_error`) that a connection gets which has to make room for a newer one.
 pub(crate) const ALERT_CROWDED: u8 = 80;
+/// The same as it is said in clear: a fatal alert.
+const CROWDED: [u8; 7] = [21, 3, 3, 0, 2, 2, ALERT_CROWDED];
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 22;
 /// Connections that the kernel may hold for us.
@@ -45,6 +47,10 @@ pub struct ListenerSettings {
     pub unauthenticated_max: usize,
     /// Most of them from one address (of IPv6: from one /64); its own oldest makes room.
     pub unauthenticated_of_one_max: usize,
+    /// Most handshakes that come to nothing which one address may begin at once. Those of a known peer do not count.
+    pub trials_at_once: u32,
+    /// How soon it may begin another one after that.
+    pub trial_each: Duration,
     /// How long a peer has from its connection to its first words.
     pub handshake_max: Duration,
     /// A peer that acknowledges nothing for this long is lost.
@@ -60,6 +66,9 @@ impl Default for ListenerSettings {
             unauthenticated_max: 128,
             // Two migrations may open their 16 lanes at once.
             unauthenticated_of_one_max: 36,
+            trials_at_once: 128,
+            // A hundred a second are 1 % or 2 % of a core.
+            trial_each: Duration::from_millis(10),
             handshake_max: Duration::from_secs(5),
             peer_silence_max: limosa_proto::event::PEER_SILENCE_MAX,
             here: Here::default(),
@@ -100,6 +109,7 @@ struct Gate {
     /// Keys of operators, in the form of host keys.
     operators: TrustedHosts,
     counters: Arc<ListenerCounters>,
+    trials: Trials,
     log: SparingByAddress,
 }
 
@@ -123,7 +133,8 @@ impl Listener {
         socket.listen(BACKLOG)?;
         let listener = TcpListener::from_std(socket.into())?;
         let (operators, counters, log) = (TrustedHosts::default(), Arc::default(), SparingByAddress::default());
-        let gate = Arc::new(Gate { settings, key, trusted, operators, counters, log });
+        let trials = Trials::new(settings.trials_at_once, settings.trial_each);
+        let gate = Arc::new(Gate { settings, key, trusted, operators, counters, trials, log });
         Ok(Listener { listener, gate, allow })
     }
 
@@ -179,6 +190,10 @@ impl Listener {
                 let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
                 continue;
             }
+            if !self.gate.trials.begin(from.ip()) {
+                self.gate.crowded(&stream);
+                continue;
+            }
             if waiting.make_room(from.ip()) {
                 refusals::count(Port::Tcp, Why::Crowded);
                 self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
@@ -206,22 +221,33 @@ impl Listener {
 }
 
 impl Gate {
+    /// Turns one away whose address has begun too many handshakes in vain: nothing of it is read, and no task is made.
+    fn crowded(&self, stream: &TcpStream) {
+        refusals::count(Port::Tcp, Why::Crowded);
+        self.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+        // Not by the runtime, which has not seen yet that it can be written to.
+        let _ = SockRef::from(stream).send(&CROWDED);
+    }
+
     /// Meets one connection: until it is known, until its time is up, or until a newer one needs its room.
     async fn meet(&self, mut stream: TcpStream, from: SocketAddr, sessions: Sessions, leave: oneshot::Receiver<()>) {
-        if set_up(&SockRef::from(&stream), self.settings.peer_silence_max).is_err() {
-            return;
-        }
         let known = tokio::select! {
             biased;
             known = tokio::time::timeout(self.settings.handshake_max, self.know(&mut stream)) => known,
             _ = leave => {
-                let _ = stream.try_write(&[21, 3, 3, 0, 2, 2, ALERT_CROWDED]);
+                let _ = stream.try_write(&CROWDED);
                 return;
             }
         };
         match known {
             Ok(Ok(known)) => {
-                if let Err(error) = hand_over(known, stream, from, &sessions) {
+                // Anybody can say what a plaintext lane begins with.
+                if matches!(known, Known::Secure(_)) {
+                    self.trials.give_back(from.ip());
+                }
+                // Now that it goes on: what is over within seconds needs none of it.
+                let set_up = set_up(&SockRef::from(&stream), self.settings.peer_silence_max);
+                if let Err(error) = set_up.and_then(|()| hand_over(known, stream, from, &sessions)) {
                     tracing::info!(%from, %error, "a connection ended while it was let in");
                 }
             }

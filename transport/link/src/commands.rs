@@ -119,7 +119,6 @@ pub(crate) async fn no_guest(mut control: Control) {
 /// It cannot be reached, has another key, or does not let us in. That it does not know `key` shows when it is read from.
 pub async fn command(address: String, agent: HostId, key: HostKey) -> Result<CommandChannel, ConnectError> {
     let link = TcpLink::new(address, agent, key, TrustedHosts::new([agent]), SILENCE_MAX);
-    let mut stream = link.stream(false).await?;
-    let secured = link.handshake(&mut stream).await?;
+    let (stream, secured) = link.secured(false).await?;
     Ok(channel(stream, (secured.sealer, secured.opener), Early { opened: Vec::new(), sealed: secured.early }))
 }

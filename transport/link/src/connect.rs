@@ -18,12 +18,14 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 /// A step of reaching a destination that takes longer than this has failed.
 const STEP_MAX: Duration = Duration::from_secs(5);
+/// How long one that had to make room waits before it knocks again.
+const CROWDED_WAIT: Duration = Duration::from_millis(30);
 
 /// Why a destination could not be reached, or let us not in. Nothing was changed anywhere.
 #[derive(Debug, thiserror::Error)]
@@ -219,7 +221,7 @@ impl TcpLink {
             .unwrap_or_else(|_| Err(ConnectError::Timeout { destination: self.destination.clone(), doing, after: STEP_MAX }))
     }
 
-    pub(crate) async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
+    async fn stream(&self, lane: bool) -> Result<TcpStream, ConnectError> {
         let destination = || self.destination.clone();
         let known = *self.answered.lock().unwrap_or_else(PoisonError::into_inner);
         let ways = match known {
@@ -264,7 +266,7 @@ impl TcpLink {
         }
     }
 
-    pub(crate) async fn handshake(&self, stream: &mut TcpStream) -> Result<tls::Secured, ConnectError> {
+    async fn handshake(&self, stream: &mut TcpStream) -> Result<tls::Secured, ConnectError> {
         let address = stream.local_addr().map(|address| address.ip().to_string()).unwrap_or_default();
         let destination = || self.destination.clone();
         let work = async {
@@ -280,17 +282,33 @@ impl TcpLink {
         self.within("the TLS handshake", work).await
     }
 
+    /// A connection and its handshake. Where others of our address crowd us out, again for as long as one step may take: the port has
+    /// so many places a second, and none of them is kept from us.
+    pub(crate) async fn secured(&self, lane: bool) -> Result<(TcpStream, tls::Secured), ConnectError> {
+        let begun = Instant::now();
+        loop {
+            let mut stream = self.stream(lane).await?;
+            match self.handshake(&mut stream).await {
+                Err(ConnectError::Crowded { .. }) if begun.elapsed() < STEP_MAX => tokio::time::sleep(CROWDED_WAIT).await,
+                met => return met.map(|secured| (stream, secured)),
+            }
+        }
+    }
+
     async fn open_control(&self) -> Result<Control, ConnectError> {
-        let mut stream = self.stream(false).await?;
-        let secured = self.handshake(&mut stream).await?;
+        let (stream, secured) = self.secured(false).await?;
         let early = Early { opened: Vec::new(), sealed: secured.early };
         let (read, write) = stream.into_split();
         Ok(Control::new(secured.peer, read, write, Some((secured.sealer, secured.opener)), early))
     }
 
     async fn open_lane(&self, preamble: LanePreamble, plaintext: bool) -> Result<Box<dyn LaneSender>, ConnectError> {
-        let mut stream = self.stream(true).await?;
-        let secured = if plaintext { None } else { Some(self.handshake(&mut stream).await?) };
+        let (mut stream, secured) = if plaintext {
+            (self.stream(true).await?, None)
+        } else {
+            let (stream, secured) = self.secured(true).await?;
+            (stream, Some(secured))
+        };
         let doing = "opening a lane";
         let (sealer, answer) = self.within(doing, self.ask_in(&mut stream, preamble, secured)).await?;
         if let Some(code) = parse_lane_answer(&answer) {

@@ -11,6 +11,8 @@ use tokio::task::JoinHandle;
 
 /// Addresses whose lines in the log are counted apart; then all begin anew.
 const LOGGED_MAX: usize = 256;
+/// Addresses that are remembered for that; then all begin anew.
+const TRYING_MAX: usize = 1024;
 
 /// What counts as one address: whoever has an IPv6 network of a link has all of its addresses.
 fn origin(address: IpAddr) -> IpAddr {
@@ -65,6 +67,64 @@ impl Waiting {
 
     fn count(&self, origin: IpAddr) -> usize {
         self.places.iter().filter(|place| place.origin == origin).count()
+    }
+}
+
+/// How many handshakes each address may still begin: one that floods the port is turned away before one costs anything. What came to
+/// something is given back, so that whoever is known never runs out.
+#[derive(Debug)]
+pub(crate) struct Trials {
+    at_once: u32,
+    each: Duration,
+    trying: Mutex<HashMap<IpAddr, Trying>>,
+}
+
+/// One address: how many handshakes it has begun in vain, less those that time has taken off, reckoned up to `at`.
+#[derive(Debug)]
+struct Trying {
+    begun: u32,
+    at: Instant,
+}
+
+impl Trials {
+    /// `at_once` of each address, and one more after `each`.
+    pub(crate) fn new(at_once: u32, each: Duration) -> Trials {
+        Trials { at_once, each, trying: Mutex::default() }
+    }
+
+    /// Whether one more of `address` may begin.
+    pub(crate) fn begin(&self, address: IpAddr) -> bool {
+        self.begin_at(origin(address), Instant::now())
+    }
+
+    fn begin_at(&self, origin: IpAddr, now: Instant) -> bool {
+        let mut all = self.trying.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_over = |trying: &Trying| now.duration_since(trying.at) >= self.each * trying.begun;
+        if all.len() >= TRYING_MAX && !all.contains_key(&origin) {
+            all.retain(|_, trying| !is_over(trying));
+            if all.len() >= TRYING_MAX {
+                all.clear();
+            }
+        }
+        let trying = all.entry(origin).or_insert(Trying { begun: 0, at: now });
+        if is_over(trying) {
+            *trying = Trying { begun: 0, at: now };
+        }
+        while trying.begun > 0 && now.duration_since(trying.at) >= self.each {
+            trying.begun -= 1;
+            trying.at += self.each;
+        }
+        let may = trying.begun < self.at_once;
+        trying.begun += u32::from(may);
+        may
+    }
+
+    /// One of `address` came to something.
+    pub(crate) fn give_back(&self, address: IpAddr) {
+        let mut all = self.trying.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(trying) = all.get_mut(&origin(address)) {
+            trying.begun = trying.begun.saturating_sub(1);
+        }
     }
 }
 
@@ -202,6 +262,29 @@ mod tests {
         }
         assert!(!come(&mut waiting, of(1)));
         assert_eq!(waiting.places.len(), 1);
+    }
+
+    #[test]
+    fn an_address_begins_so_many_in_vain_and_no_more() {
+        const AT_ONCE: u32 = 128;
+        let (trials, begun) = (Trials::new(AT_ONCE, Duration::from_millis(10)), Instant::now());
+        let tries = |host: u8, count: u32, now: Instant| (0..count).filter(|_| trials.begin_at(of(host), now)).count() as u32;
+        assert_eq!((tries(1, 10_000, begun), tries(2, 1, begun)), (AT_ONCE, 1), "another address is not made to pay for it");
+        // What comes to something is no trial, however often.
+        for _ in 0..10_000 {
+            trials.give_back(of(1));
+            assert!(trials.begin_at(of(1), begun));
+        }
+        assert!(!trials.begin_at(of(1), begun));
+        // So many each second from then on, however hard it tries, and all of them once it has been quiet.
+        let second = Duration::from_secs(1);
+        let let_in: u32 = (1..=1000).map(|number| tries(1, 3, begun + second * number / 1000)).sum();
+        assert_eq!(let_in, 100);
+        assert_eq!(tries(1, 10_000, begun + 10 * second), AT_ONCE);
+        for number in 0..10 * TRYING_MAX as u32 {
+            trials.begin_at(IpAddr::from(number.to_be_bytes()), begun + 10 * second);
+        }
+        assert!(trials.trying.lock().unwrap().len() <= TRYING_MAX);
     }
 
     #[test]

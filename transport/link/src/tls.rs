@@ -372,7 +372,7 @@ macro_rules! step {
 step!(step_to_destination, UnbufferedClientConnection);
 step!(step_to_source, UnbufferedServerConnection);
 
-/// Sends what the handshake has to say. A peer that closes before its first byte shows here or at the next read.
+/// Sends what the handshake has to say. A peer that closed before its first byte, or with an alert, shows at the next read.
 async fn transmit<S: AsyncWrite + Unpin>(stream: &mut S, outgoing: &mut Vec<u8>, heard: usize) -> Result<(), TlsError> {
     let sent = async {
         stream.write_all(outgoing).await?;
@@ -381,11 +381,13 @@ async fn transmit<S: AsyncWrite + Unpin>(stream: &mut S, outgoing: &mut Vec<u8>,
     let result: io::Result<()> = sent.await;
     outgoing.clear();
     match result {
-        Err(error) if heard == 0 && matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {
-            Err(TlsError::Silent)
-        }
+        Err(error) if heard == 0 && is_gone(&error) => Ok(()),
         other => Ok(other?),
     }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 /// Drives a handshake over `stream`. rustls is given one record more at a time, so that what follows the
@@ -428,7 +430,7 @@ async fn drive<S: AsyncRead + AsyncWrite + Unpin>(
                     return Err(TlsError::TooLong);
                 }
                 let read = match stream.read_buf(&mut incoming).await {
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset && heard == 0 => return Err(TlsError::Silent),
+                    Err(error) if is_gone(&error) && heard == 0 => return Err(TlsError::Silent),
                     other => other?,
                 };
                 if read == 0 {

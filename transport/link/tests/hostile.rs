@@ -14,11 +14,12 @@ use limosa_proto::wire::frame::{CONTROL_HEADER_BYTES, ControlHeader};
 use limosa_proto::wire::message::Message;
 use relay::{Pace, Relay};
 use socket2::{Domain, Socket, Type};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use toy::{Guest, Sender, Toy, ToyMemory, ToySettings, assert_moved};
 
@@ -89,6 +90,41 @@ async fn one_address_does_not_crowd_out_another() {
     good(&toy).await;
     let open = |all: &mut Vec<TcpStream>| all.iter_mut().filter_map(|stream| is_open(stream).then_some(())).count();
     assert!(open(&mut flood) + open(&mut many) <= 11, "{} + {}", open(&mut flood), open(&mut many));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_known_host_gets_in_while_its_own_address_floods() {
+    let toy = Toy::start(ToySettings::default()).await;
+    let (stop, begun, to) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), toy.address);
+    let (ended, count) = (stop.clone(), begun.clone());
+    // From the address from which the good one comes, too: more in a second than may begin, and all in vain.
+    let flood = std::thread::spawn(move || {
+        let mut held = VecDeque::new();
+        while !ended.load(Ordering::Relaxed) {
+            if let Ok(mut stream) = TcpStream::connect(to) {
+                let _ = stream.write_all(&[22, 3, 1, 0, 200]);
+                held.push_back(stream);
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            if held.len() > 200 {
+                held.pop_front();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    until("the address has used up what it may begin", || begun.load(Ordering::Relaxed) > 600).await;
+    let at_first = begun.load(Ordering::Relaxed);
+    for _ in 0..3 {
+        good(&toy).await;
+    }
+    let (meanwhile, refused) = (begun.load(Ordering::Relaxed) - at_first, toy.counters.crowded_out.load(Ordering::SeqCst));
+    stop.store(true, Ordering::Relaxed);
+    flood.join().unwrap();
+    println!("{at_first} before and {meanwhile} during three migrations, {refused} crowded out");
+    assert!(refused > 300, "nobody was turned away: the test shows nothing");
+    // And at once when it is over.
+    until("all who flooded are gone", || toy.counters.waiting.load(Ordering::SeqCst) == 0).await;
+    good(&toy).await;
 }
 
 /// Where TLS records begin in what a source says.

@@ -3,58 +3,25 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod toy;
+mod wire;
 
-use limosa_link::quic::{Congestion, QuicCounters, QuicLink, QuicListener, QuicSettings};
-use limosa_link::{Cancel, ConnectError, HostKey, Link, ListenerSettings, TrustedHosts};
+use limosa_link::quic::{Congestion, QuicLink, QuicSettings};
+use limosa_link::{ConnectError, HostKey, Link, ListenerSettings, TrustedHosts};
 use limosa_proto::allow::AllowList;
 use limosa_proto::event::SourceOutcome;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::message::Refusal;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::UdpSocket;
 use toy::{Guest, Sender, Toy, ToyMemory, ToySettings, assert_moved, assert_stayed};
+use wire::{Port, Wire};
 
 const PAGES: u64 = 2048;
 /// Silence after which a peer is lost, where a test waits for that.
 const SILENCE: Duration = Duration::from_millis(800);
-
-/// A toy's UDP port, beside its TCP port.
-struct Port {
-    address: SocketAddr,
-    counters: Arc<QuicCounters>,
-    stop: Cancel,
-}
-
-impl Port {
-    fn open(toy: &Toy, silence: Duration, quic: QuicSettings) -> Port {
-        Port::with(toy, ListenerSettings { peer_silence_max: silence, ..ListenerSettings::default() }, quic)
-    }
-
-    fn with(toy: &Toy, settings: ListenerSettings, quic: QuicSettings) -> Port {
-        let (key, trusted, allow) = (toy.key.clone(), toy.trusted.clone(), toy.allow.clone());
-        let listener = QuicListener::bind("127.0.0.1:0".parse().unwrap(), settings, quic, key, trusted, allow).unwrap();
-        let (address, counters, stop) = (listener.local_address().unwrap(), listener.counters(), Cancel::new());
-        tokio::spawn(listener.serve(toy.sessions.clone(), stop.clone()));
-        Port { address, counters, stop }
-    }
-
-    fn plain(toy: &Toy) -> Port {
-        Port::open(toy, Duration::from_secs(10), QuicSettings::default())
-    }
-
-    fn count(&self, which: impl Fn(&QuicCounters) -> &AtomicU64) -> u64 {
-        which(&self.counters).load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for Port {
-    fn drop(&mut self) {
-        self.stop.cancel("over");
-    }
-}
 
 fn link_to(address: SocketAddr, sender: &Sender, toy: &Toy, silence: Duration, settings: QuicSettings) -> Arc<QuicLink> {
     let trusted = TrustedHosts::new([toy.key.id()]);
@@ -231,54 +198,6 @@ async fn where_udp_goes_nowhere_that_is_said_in_time() {
     let nowhere = link_to("127.0.0.1:1".parse().unwrap(), &sender, &toy, SILENCE, settings);
     let error = tokio::time::timeout(Duration::from_secs(20), nowhere.control()).await.unwrap().unwrap_err();
     assert!(matches!(error, ConnectError::Timeout { .. } | ConnectError::Unreachable { .. }), "{error}");
-}
-
-/// A wire for packets, with a switch for each way.
-struct Wire {
-    address: SocketAddr,
-    up: Arc<AtomicBool>,
-    down: Arc<AtomicBool>,
-    /// How many packets may still go up.
-    left: Arc<AtomicU64>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Wire {
-    async fn to(to: SocketAddr) -> Wire {
-        let (near, far) = (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await.unwrap());
-        far.connect(to).await.unwrap();
-        let address = near.local_addr().unwrap();
-        let (up, down) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
-        let left = Arc::new(AtomicU64::new(u64::MAX));
-        let (open_up, open_down, may) = (up.clone(), down.clone(), left.clone());
-        let task = tokio::spawn(async move {
-            let (mut there, mut back) = (vec![0; 65536], vec![0; 65536]);
-            let mut source = None;
-            loop {
-                tokio::select! {
-                    Ok((bytes, from)) = near.recv_from(&mut there) => {
-                        source = Some(from);
-                        if open_up.load(Ordering::SeqCst) && may.load(Ordering::SeqCst) > 0 {
-                            may.fetch_sub(1, Ordering::SeqCst);
-                            let _ = far.send(&there[..bytes]).await;
-                        }
-                    }
-                    Ok(bytes) = far.recv(&mut back) => {
-                        if let (Some(source), true) = (source, open_down.load(Ordering::SeqCst)) {
-                            let _ = near.send_to(&back[..bytes], source).await;
-                        }
-                    }
-                }
-            }
-        });
-        Wire { address, up, down, left, task }
-    }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
 }
 
 /// Runs a slow migration over `link`, does `then` in the middle of its first round, and waits for the end.

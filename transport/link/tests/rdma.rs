@@ -3,7 +3,7 @@
 //! device and its packets are real. Where there is no device they print `skipped: …`. What every link must do alike is tested
 //! elsewhere.
 #![cfg(feature = "rdma")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 #[path = "../../../tests/rig/skip.rs"]
 #[allow(dead_code, unreachable_pub, missing_docs)]
@@ -436,6 +436,24 @@ async fn a_stranger_costs_no_handle() {
     assert_eq!((refused(|all| &all.refused_unknown), refused(|all| &all.refused_not_allowed)), (2, 1));
     assert_eq!(refused(|all| &all.let_in), 0);
     trial.assert_clean().await;
+}
+
+/// Says at another machine's port what a lane says, with a token that is good for nothing, and prints what it hears.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "run by tests/lab_links.rs, in one machine against another's agent"]
+async fn knocks_at_another_machine() {
+    let to: SocketAddr = std::env::var("LIMOSA_KNOCK").expect("LIMOSA_KNOCK says where").parse().unwrap();
+    let resolved = Resolved::resolve(to, None, Duration::from_secs(5)).await.unwrap();
+    let domain = ProtectionDomain::new(&Context::open(resolved.device()).unwrap()).unwrap();
+    let prepared = resolved.prepare(&domain, &PairSettings::default()).unwrap();
+    let private_data = [&b"LMSR\x01\x00"[..], &[7; 48]].concat();
+    let refused = prepared.establish(&Handshake { private_data, ..Handshake::default() }, Duration::from_secs(10)).await;
+    match refused.err() {
+        Some(limosa_verbs::ConnectError::Rejected { private_data, .. }) => {
+            println!("the answer: {}", String::from_utf8_lossy(&private_data).replace(['\0', '\n'], ""));
+        }
+        other => panic!("not refused by the agent: {other:?}"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

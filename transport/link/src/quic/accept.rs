@@ -11,7 +11,7 @@ use crate::driver::Cancel;
 use crate::host::Peer;
 use crate::key::{HostKey, SPKI_PREFIX};
 use crate::refusals::{self, Port, Why};
-use crate::room::{Shares, Sparing, SparingByAddress, Waiting};
+use crate::room::{Shares, Sparing, SparingByAddress, Trials, Waiting};
 use crate::sessions::{FIRST_WORDS_MAX, Sessions};
 use crate::tls::{self, TlsError, TrustedHosts, Verifier};
 use limosa_proto::allow::AllowList;
@@ -59,6 +59,7 @@ struct Door {
     trusted: TrustedHosts,
     gate: Gate,
     shares: Shares,
+    trials: Trials,
     log: SparingByAddress,
 }
 
@@ -94,6 +95,7 @@ impl QuicListener {
         let socket = Socket::new(socket::open(address, &quic)?, Some(gate()))?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(settings::endpoint(), Some(base.clone()), socket, runtime)?;
+        let trials = Trials::new(settings.trials_at_once, settings.trial_each);
         let door = Arc::new(Door {
             settings,
             quic,
@@ -102,6 +104,7 @@ impl QuicListener {
             trusted,
             gate: gate(),
             shares: Shares::new(CONNECTIONS_OF_ONE_MAX),
+            trials,
             log: SparingByAddress::default(),
         });
         Ok(QuicListener { endpoint, door })
@@ -196,6 +199,13 @@ impl Door {
             incoming.refuse();
             return None;
         }
+        if !self.trials.begin(from.ip()) {
+            refusals::count(Port::Quic, Why::Crowded);
+            counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+            // Unanswered: one that means well says it again within a second.
+            incoming.ignore();
+            return None;
+        }
         Some(incoming)
     }
 
@@ -248,6 +258,7 @@ impl Door {
             );
             return connection.close(LEFT, b"there are too many connections of this host");
         };
+        self.trials.give_back(from.ip());
         // From here on it may hold what lanes need.
         connection.set_receive_window(self.quic.receive_window(STREAMS_MAX));
         connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
