@@ -17,8 +17,10 @@ use crate::ways::Here;
 use limosa_proto::allow::AllowList;
 use limosa_proto::wire::code::Code;
 use limosa_proto::wire::frame::{LANE_MAGIC, LANE_PREAMBLE_BYTES, LanePreamble};
+use nix::libc::{MSG_MORE, MSG_TRUNC};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -31,6 +33,8 @@ use tokio::sync::oneshot;
 pub(crate) const ALERT_CROWDED: u8 = 80;
 /// The same as it is said in clear: a fatal alert.
 const CROWDED: [u8; 7] = [21, 3, 3, 0, 2, 2, ALERT_CROWDED];
+/// Why an address may begin no more handshakes for now.
+pub(crate) const IN_VAIN: &str = "its address has begun too many handshakes that came to nothing";
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 22;
 /// Connections that the kernel may hold for us.
@@ -191,7 +195,7 @@ impl Listener {
                 continue;
             }
             if !self.gate.trials.begin(from.ip()) {
-                self.gate.crowded(&stream);
+                self.gate.crowded(&stream, from);
                 continue;
             }
             if waiting.make_room(from.ip()) {
@@ -222,11 +226,15 @@ impl Listener {
 
 impl Gate {
     /// Turns one away whose address has begun too many handshakes in vain: nothing of it is read, and no task is made.
-    fn crowded(&self, stream: &TcpStream) {
+    fn crowded(&self, stream: &TcpStream, from: SocketAddr) {
         refusals::count(Port::Tcp, Why::Crowded);
         self.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
-        // Not by the runtime, which has not seen yet that it can be written to.
-        let _ = SockRef::from(stream).send(&CROWDED);
+        self.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was turned away: {IN_VAIN}"));
+        // Not by the runtime, which has not seen yet that it can be written to. What it has said is thrown away, since closing with that
+        // unread would reset the connection under the alert; the alert leaves with the close in one packet.
+        let socket = SockRef::from(stream);
+        let _ = socket.recv_with_flags(&mut [MaybeUninit::uninit(); 4096], MSG_TRUNC);
+        let _ = socket.send_with_flags(&CROWDED, MSG_MORE);
     }
 
     /// Meets one connection: until it is known, until its time is up, or until a newer one needs its room.

@@ -109,10 +109,10 @@ async fn a_known_host_gets_in_while_its_own_address_floods() {
             if held.len() > 200 {
                 held.pop_front();
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(2));
         }
     });
-    until("the address has used up what it may begin", || begun.load(Ordering::Relaxed) > 600).await;
+    until("the address has used up what it may begin", || begun.load(Ordering::Relaxed) > 400).await;
     let at_first = begun.load(Ordering::Relaxed);
     for _ in 0..3 {
         good(&toy).await;
@@ -121,7 +121,7 @@ async fn a_known_host_gets_in_while_its_own_address_floods() {
     stop.store(true, Ordering::Relaxed);
     flood.join().unwrap();
     println!("{at_first} before and {meanwhile} during three migrations, {refused} crowded out");
-    assert!(refused > 300, "nobody was turned away: the test shows nothing");
+    assert!(refused > 100, "nobody was turned away: the test shows nothing");
     // And at once when it is over.
     until("all who flooded are gone", || toy.counters.waiting.load(Ordering::SeqCst) == 0).await;
     good(&toy).await;
@@ -301,8 +301,9 @@ fn carry(mut from: UnixStream, mut to: UnixStream, forged: Option<(u16, Vec<u8>,
             {
                 let (length, crc) = (body.len() as u32, crc32fast::hash(body));
                 let forged = ControlHeader { kind: *kind, length, crc, ..header };
-                let _ = to.write_all(&[&forged.emit()[..], body].concat());
+                // Before it is heard: all may be over right after.
                 said.store(true, Ordering::SeqCst);
+                let _ = to.write_all(&[&forged.emit()[..], body].concat());
             }
             number += 1;
         }

@@ -5,7 +5,7 @@ use super::lane::{ControlWrite, QuicReceiver, Uses, read_error};
 use super::settings::{self, QuicSettings};
 use super::socket::{self, Gate, Socket};
 use super::{LEFT, PROTOCOL, QuicCounters};
-use crate::accept::ListenerSettings;
+use crate::accept::{IN_VAIN, ListenerSettings};
 use crate::control::{Control, Early};
 use crate::driver::Cancel;
 use crate::host::Peer;
@@ -202,6 +202,7 @@ impl Door {
         if !self.trials.begin(from.ip()) {
             refusals::count(Port::Quic, Why::Crowded);
             counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+            self.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was not answered: {IN_VAIN}"));
             // Unanswered: one that means well says it again within a second.
             incoming.ignore();
             return None;
