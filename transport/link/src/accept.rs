@@ -35,6 +35,8 @@ pub(crate) const ALERT_CROWDED: u8 = 80;
 const CROWDED: [u8; 7] = [21, 3, 3, 0, 2, 2, ALERT_CROWDED];
 /// Why an address may begin no more handshakes for now.
 pub(crate) const IN_VAIN: &str = "its address has begun too many handshakes that came to nothing";
+/// How long connections may gather once all that waited were turned away.
+const TURNED_AWAY_PAUSE: Duration = Duration::from_millis(5);
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 22;
 /// Connections that the kernel may hold for us.
@@ -166,16 +168,30 @@ impl Listener {
         self.gate.counters.clone()
     }
 
+    /// The next connection. Where the last one was `turned_away`, those that wait already are taken at once, and else there is a
+    /// pause in which more come: a flood does not wake this host for each of its connections.
+    async fn next(&self, turned_away: bool) -> io::Result<(TcpStream, SocketAddr)> {
+        if turned_away {
+            tokio::select! {
+                biased;
+                accepted = self.listener.accept() => return accepted,
+                () = std::future::ready(()) => {}
+            }
+            tokio::time::sleep(TURNED_AWAY_PAUSE).await;
+        }
+        self.listener.accept().await
+    }
+
     /// Lets in what may come in, until `stop` is cancelled; then the port is closed and open migrations go on.
     pub async fn serve(self, sessions: Sessions, stop: Cancel) {
         let set = &self.gate.settings;
         let mut waiting = Waiting::new(set.unauthenticated_max, set.unauthenticated_of_one_max);
-        let mut log = Sparing::default();
+        let (mut log, mut turned_away) = (Sparing::default(), false);
         loop {
             let (stream, from) = tokio::select! {
                 biased;
                 _ = stop.cancelled() => return,
-                accepted = self.listener.accept() => match accepted {
+                accepted = self.next(std::mem::take(&mut turned_away)) => match accepted {
                     Ok(accepted) => accepted,
                     Err(error) => {
                         // No descriptors left, mostly; they come back.
@@ -196,6 +212,7 @@ impl Listener {
             }
             if !self.gate.trials.begin(from.ip()) {
                 self.gate.crowded(&stream, from);
+                turned_away = true;
                 continue;
             }
             if waiting.make_room(from.ip()) {
