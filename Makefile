@@ -77,6 +77,7 @@ bench: bench-async-rdma ## measure every figure of docs/BENCHMARKS.md, and write
 	$(CARGO) bench -p rig --bench downtime
 	$(CARGO) bench -p limosa-machine --bench pause
 	$(CARGO) bench -p rig --bench boot
+	$(CARGO) bench -p rig --bench idle
 	@for name in links links-lab peers peers-lab; do \
 		record=docs/benchmarks/$(BENCH_DATE)-$$name.json; \
 		if [ -f $$record ]; then $(CARGO) bench -q -p rig --bench links -- --render $$record || exit; fi; done

@@ -14,16 +14,23 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How far a guest's wall clock may go wrong by a move, where the blackout is shorter.
 const CLOCK_MS: f64 = 10.0;
+/// Its kernel alone has more than this.
+const HUGE_MIB_MIN: u64 = 32;
 
 fn guest() -> LinuxGuest {
     let guest = LinuxGuest::new("idle", 11).debian(Debian::Trixie).vcpus(2);
-    LinuxGuest { memory_mib: 1024, words: Vec::new(), ..guest }.setting("cpu = { common = [\"alpha\", \"beta\"] }")
+    LinuxGuest { memory_mib: 1024, words: Vec::new(), ..guest }
+        .setting("cpu = { common = [\"alpha\", \"beta\"] }")
+        .setting("thp = true")
 }
 
 pub(super) fn moves_and_nobody_notices(lab: &Lab<'_>) -> Result<()> {
     let guest = guest();
     let outside = lab.machines.ready().name.as_str();
     let ip = IpAddr::V4(guest.ip());
+    for station in [&lab.alpha, &lab.beta] {
+        station.machine.shell(rig::linux::HUGE_PAGES_FOR_MEMFDS, SHORT)?;
+    }
     let mut beat = up(&lab.alpha, &guest)?;
     println!("the guests' Ethernet is the namespace {outside}; {} is {} and {ip}", guest.name, guest.mac());
     let pings = Pings::start(outside, ip, &lab.machines.ready().folder)?;
@@ -46,6 +53,10 @@ pub(super) fn moves_and_nobody_notices(lab: &Lab<'_>) -> Result<()> {
             report["bytes_on_wire"],
             pings.so_far()?.slowest_ms
         );
+        if link == "tcp" {
+            // An RDMA device takes memory in by a mapping of its own, in small pages.
+            has_huge_pages(to)?;
+        }
         keeps_time([before, after], [host_clock(from)?, host_clock(to)?], downtime)?;
         is_announced(&capture, &guest, &to.machine.guest_port, &from.machine.guest_port)?;
         if moves == 0 {
@@ -74,6 +85,15 @@ pub(super) fn moves_and_nobody_notices(lab: &Lab<'_>) -> Result<()> {
     );
     ensure!(pings.lost.is_empty(), "pings {:?} of {} were never answered", pings.lost, pings.sent);
     lab.alpha.ask(&["vm", "stop", &guest.name])?;
+    Ok(())
+}
+
+/// What its destination filled is in huge pages, as its file asks for.
+fn has_huge_pages(station: &Station<'_>) -> Result<()> {
+    let words = ["sed", "-n", r"s/^ShmemHugePages: *\([0-9]*\) kB/\1/p", "/proc/meminfo"];
+    let kib: u64 = station.machine.run(&words, SHORT)?.expect_ok()?.text().parse().context("ShmemHugePages")?;
+    println!("  {} MiB of it are in huge pages", kib >> 10);
+    ensure!(kib >> 10 >= HUGE_MIB_MIN, "only {kib} KiB of the guest's memory are in huge pages");
     Ok(())
 }
 
