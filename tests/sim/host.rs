@@ -269,17 +269,14 @@ impl World {
         self.write(host, record)?;
         let Some(session) = self.session(host, number) else { return Ok(Answer::Done) };
         let (peer, key) = (session.peer, session.key);
-        match record.kind {
-            JournalRecordKind::Released => {
-                self.check_released(host, peer, key);
-                // As in the agent: a VMM that does not give up what only one may hold keeps Commit from being said.
-                match self.plugged(host) {
-                    Ok(vmm) => self.guest.give_up(vmm)?,
-                    Err(words) if self.process_lives(host) => return Err(words),
-                    Err(_) => {}
-                }
+        if record.kind == JournalRecordKind::Released {
+            self.check_released(host, peer, key);
+            // As in the agent: a VMM that does not give up what only one may hold keeps Commit from being said.
+            match self.plugged(host) {
+                Ok(vmm) => self.guest.give_up(vmm)?,
+                Err(words) if self.process_lives(host) => return Err(words),
+                Err(_) => {}
             }
-            _ => {}
         }
         Ok(Answer::Done)
     }
