@@ -25,26 +25,35 @@ case $purpose in
     *) echo "setup: what is '$purpose'? One of build, demo, lab, all" >&2; exit 2 ;;
 esac
 
-missing=
 add() {
     case " $missing " in *" $1 "*) ;; *) missing="${missing:+$missing }$1" ;; esac
 }
-for pair in $wanted; do
-    command -v "${pair%%:*}" >/dev/null 2>&1 || add "${pair#*:}"
-done
-# The linker needs the C library's start files, which gcc only recommends.
-if ! [ -e "/usr/include/stdio.h" ]; then add libc6-dev; fi
-# Soft-RoCE's half of libibverbs is a plug-in that only this package has; RDMA's headers are for the test that compares
-# structures with C's.
-case $purpose in
-    lab | all) ls /usr/lib/*/libibverbs/librxe-rdmav*.so >/dev/null 2>&1 || add ibverbs-providers ;;
-esac
-if [ "$purpose" = all ]; then
-    [ -e /usr/include/infiniband/verbs.h ] || add libibverbs-dev
-    [ -e /usr/include/rdma/rdma_cma.h ] || add librdmacm-dev
-fi
 
-if [ -n "$missing" ]; then
+# What is missing now.
+look() {
+    missing=
+    # Where a command was found before does not count: its package may be gone.
+    hash -r
+    for pair in $wanted; do
+        command -v "${pair%%:*}" >/dev/null 2>&1 || add "${pair#*:}"
+    done
+    # The linker needs the C library's start files, which gcc only recommends.
+    if ! [ -e "/usr/include/stdio.h" ]; then add libc6-dev; fi
+    # Soft-RoCE's half of libibverbs is a plug-in that only this package has; RDMA's headers are for the test that compares
+    # structures with C's.
+    case $purpose in
+        lab | all) ls /usr/lib/*/libibverbs/librxe-rdmav*.so >/dev/null 2>&1 || add ibverbs-providers ;;
+    esac
+    if [ "$purpose" = all ]; then
+        [ -e /usr/include/infiniband/verbs.h ] || add libibverbs-dev
+        [ -e /usr/include/rdma/rdma_cma.h ] || add librdmacm-dev
+    fi
+}
+
+# Twice, for apt may remove one of them to install another: a qemu-utils from backports beside Debian's own qemu-system-x86.
+look
+for _ in 1 2; do
+    [ -n "$missing" ] || break
     if ! command -v apt-get >/dev/null 2>&1; then
         echo "setup: missing: $missing (Debian's names; there is no apt-get here: install them by your system's means)" >&2
         exit 1
@@ -65,9 +74,12 @@ if [ -n "$missing" ]; then
         tail -n 20 "$log" >&2
         exit 1
     fi
-    for pair in $wanted; do
-        command -v "${pair%%:*}" >/dev/null 2>&1 || { echo "setup: ${pair#*:} is installed, but ${pair%%:*} is not there" >&2; exit 1; }
-    done
+    rm -f "$log"
+    look
+done
+if [ -n "$missing" ]; then
+    echo "setup: apt-get has installed all that was missing, and still these are not there: $missing" >&2
+    exit 1
 fi
 
 say_how() {
