@@ -14,6 +14,7 @@ use crate::disks;
 use crate::jobs::Ending;
 use crate::links;
 use crate::networks;
+use crate::noted;
 use crate::outgoing::{host_error, resume};
 use crate::pages::{GuestPages, huge_pages};
 use crate::pausing::hold;
@@ -345,7 +346,7 @@ impl DestinationHost for Receiving {
         failpoints::pass(Some(Point::DestinationChecking));
         // Before anything is told or done: nothing of this host is said to a source that may not come.
         self.used = tickets::admit(&self.agent, self.arrival, vm, self.ticket.as_ref()).map_err(tickets::refusal)?;
-        settle::await_its_vmm(&self.agent, vm.id)?;
+        noted::await_vmm(&self.agent, vm.id)?;
         if let Some(refusal) = compat::refusal(reasons(&self.agent, vm)) {
             return Err(refusal);
         }
@@ -363,7 +364,7 @@ impl DestinationHost for Receiving {
         self.launched = true;
         let launched = self.agent.vms.launch(&self.agent, &vm.name, vec!["--incoming".into()], LAUNCH_MAX);
         let (process, arrived) = launched.map_err(HostError::new)?;
-        settle::remember_process(&self.agent, vm.id, process.pid());
+        noted::remember(&self.agent, vm.id, process.pid());
         guest.set_process(process);
         guest.set_console(self.agent.config.console_socket(&vm.name));
         guest.plug(Arc::clone(&arrived.connection), arrived.serial);
@@ -452,7 +453,7 @@ impl DestinationHost for Receiving {
         }
         guest.end_within(DISCARD_MAX);
         self.agent.vms.remove(guest.id);
-        settle::forget_process(&self.agent, guest.id);
+        noted::forget(&self.agent, guest.id);
         failpoints::at(Point::DestinationDiscarded)
     }
 

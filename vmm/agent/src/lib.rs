@@ -30,6 +30,7 @@ mod leaving;
 mod links;
 mod metrics;
 mod networks;
+mod noted;
 pub mod operator;
 pub mod operators;
 mod outgoing;

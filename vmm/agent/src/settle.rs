@@ -8,9 +8,9 @@ use crate::api::{Direction, JobInfo, JobState};
 use crate::asking;
 use crate::jobs::Ending;
 use crate::links;
+use crate::noted;
 use crate::outgoing::give_up_disks;
 use crate::pausing::{take_up, tell};
-use crate::process::{birth, is_alive};
 use crate::vm::{Vm, VmState};
 use limosa_link::ask_verdict;
 use limosa_link::driver::VerdictError;
@@ -22,9 +22,7 @@ use limosa_proto::journal::JournalError;
 use limosa_proto::recovery::{
     self, ASK_INTERVAL, Answered, Asked, AtStart, Ended, Fate, GuestHere, Note, OutOfPatience, Plugged as Says, REPLUG_MAX, RETRY,
 };
-use limosa_proto::wire::code::Code;
-use limosa_proto::wire::message::{Refusal, ReleasedAnswer, VerdictAnswer};
-use std::path::PathBuf;
+use limosa_proto::wire::message::{ReleasedAnswer, VerdictAnswer};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,7 +39,7 @@ fn deciding() -> MutexGuard<'static, ()> {
 /// Settles everything that the journal has left open. Called once, at the start, within the runtime.
 pub(crate) fn begin(agent: &Arc<Agent>) {
     failpoints::pass(Some(Point::SourceRecoveryBegins));
-    forget_ended_processes(agent);
+    noted::forget_ended(agent);
     let unsettled = agent.journal().unsettled();
     for (migration, generation) in unsettled {
         let records = agent.journal().of(migration, generation);
@@ -254,7 +252,7 @@ pub(crate) fn decided(agent: &Agent, job: u64, record: &JournalRecord, here: boo
         // It came here, and nobody was told.
         tell(agent, &vm);
     }
-    forget_process(agent, record.vm);
+    noted::forget(agent, record.vm);
     let state = if record.kind == JournalRecordKind::Running { JobState::Done } else { JobState::Aborted };
     agent.jobs.end(job, ending(state, &format!("{}; {words}", record.words)));
 }
@@ -305,7 +303,7 @@ pub(crate) fn vmm_ended(agent: &Arc<Agent>, vm: &Vm) {
         // Only this agent knows: it is written as soon as it can be.
         owe(agent, of.migration, of.generation, Ended::GivenUp);
     }
-    forget_process(agent, vm.id);
+    noted::forget(agent, vm.id);
 }
 
 /// What a VMM says, in the words of the rules.
@@ -405,27 +403,6 @@ pub(crate) fn decide_again(agent: &Arc<Agent>, job: u64, vm: VmId, migration: Mi
     });
 }
 
-/// Waits until a VMM that was here when this agent started had time to plug in: its guest is not let in beside it, and not either
-/// as long as a VMM of it lives that does not plug in.
-pub(crate) fn await_its_vmm(agent: &Agent, vm: VmId) -> Result<(), Refusal> {
-    if agent.vms.with_id(vm).is_some() {
-        return Ok(());
-    }
-    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
-    std::thread::sleep(recovery::wait_before_admitting(&records, process_lives(agent, vm), agent.since_start()));
-    let silent = agent.vms.with_id(vm).is_none();
-    match noted_process(agent, vm).filter(|(pid, born)| silent && is_alive(*pid, *born)) {
-        None => Ok(()),
-        Some((pid, _)) => {
-            let words = format!(
-                "an earlier VMM of this guest lives at the destination (process {pid}) and has not plugged in to its agent: \
-                 the guest is not let in beside it; try again when it has, or when that process has ended"
-            );
-            Err(Refusal::one(Code::Busy, words))
-        }
-    }
-}
-
 /// Destination: a source asks about a migration that no driver carries any more.
 pub(crate) fn verdict(
     agent: &Arc<Agent>,
@@ -451,7 +428,7 @@ pub(crate) fn verdict(
         GuestHere { claimed, plugged: if claimed { None } else { state_of(vm) } }
     };
     // A VMM that lives and is not plugged in yet does not say.
-    let silent = || ready_vm.filter(|ready| process_lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
+    let silent = || ready_vm.filter(|ready| noted::lives(agent, ready.vm)).map(|_| GuestHere { claimed: false, plugged: None });
     let guest = vm.as_ref().map(here).or_else(silent);
     let mut asked = recovery::asked(&records, migration, generation, released, guest);
     if agent.journal().is_broken() {
@@ -555,7 +532,7 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
     let latest = recovery::is_latest(agent.journal().records(), ready);
     let vm = vm.filter(|_| latest);
     let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
-    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), latest && process_lives(agent, ready.vm));
+    let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), latest && noted::lives(agent, ready.vm));
     match recovery::out_of_patience(&records, ready.migration, ready.generation, plugged, says, lives, heard.said) {
         OutOfPatience::Settled => {}
         OutOfPatience::Wait(words) | OutOfPatience::MayHaveRun(words) => {
@@ -569,51 +546,9 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
                 failpoints::pass(Some(Point::DestinationRecoveryGivenUp));
                 if latest {
                     end_vm(agent, ready.vm, false);
-                    forget_process(agent, ready.vm);
+                    noted::forget(agent, ready.vm);
                 }
             }
         }
     }
-}
-
-fn process_file(agent: &Agent, vm: VmId) -> PathBuf {
-    agent.config.state_dir.join("vm").join(format!("{vm}.process"))
-}
-
-/// Remembers which process a guest's VMM is, so that a restarted agent can tell whether it lives.
-pub(crate) fn remember_process(agent: &Agent, vm: VmId, pid: u32) {
-    let written = std::fs::write(process_file(agent, vm), format!("{pid} {}", birth(pid).unwrap_or(0)));
-    if let Err(error) = written {
-        tracing::warn!(%vm, %error, "the VMM's process cannot be noted");
-    }
-}
-
-/// The guest is settled: a process that has ended need not be remembered. One that lives is: its guest is not let in beside it.
-pub(crate) fn forget_process(agent: &Agent, vm: VmId) {
-    if !process_lives(agent, vm) {
-        // It may never have been noted.
-        let _ = std::fs::remove_file(process_file(agent, vm));
-    }
-}
-
-/// Forgets what was noted of VMMs that have ended, in this agent's time or before.
-fn forget_ended_processes(agent: &Agent) {
-    let noted = std::fs::read_dir(agent.config.state_dir.join("vm")).into_iter().flatten().flatten();
-    for path in noted.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|is| is == "process")) {
-        if let Some(vm) = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok()) {
-            forget_process(agent, vm);
-        }
-    }
-}
-
-/// The process that was noted for a guest's VMM, and its birth.
-fn noted_process(agent: &Agent, vm: VmId) -> Option<(u32, u64)> {
-    let text = std::fs::read_to_string(process_file(agent, vm)).unwrap_or_default();
-    let mut fields = text.split_whitespace().map(str::parse::<u64>);
-    let (Some(Ok(pid)), Some(Ok(born))) = (fields.next(), fields.next()) else { return None };
-    Some((u32::try_from(pid).ok()?, born))
-}
-
-pub(crate) fn process_lives(agent: &Agent, vm: VmId) -> bool {
-    noted_process(agent, vm).is_some_and(|(pid, born)| is_alive(pid, born))
 }

@@ -4,6 +4,7 @@
 use crate::agent::Agent;
 use crate::api::{ApiError, Decide, Direction, JobInfo, JobState, VerdictInfo, Whose};
 use crate::asking;
+use crate::noted;
 use crate::settle;
 use crate::vm::{Vm, VmState};
 use limosa_plug::VmState as Plugged;
@@ -206,7 +207,7 @@ impl Case {
         let records = agent.journal().of(migration, generation);
         let id = info.vm_id.parse().ok();
         let vm = id.and_then(|id| agent.vms.with_id(id));
-        let lives = vm.is_none() && id.is_some_and(|id| settle::process_lives(agent, id));
+        let lives = vm.is_none() && id.is_some_and(|id| noted::lives(agent, id));
         Ok(Case { info, records, vm, lives })
     }
 

@@ -8,7 +8,7 @@ use crate::cpu;
 use crate::process::Process;
 use crate::vm::{Claim, Learned, Vm, VmState};
 use crate::vm_config::{NicConfig, VmConfig, tap_name};
-use crate::{networks, settle};
+use crate::{networks, noted, settle};
 use limosa_announce::{LEARNED_MAX, Watcher};
 use limosa_plug::{Hello, PlugConnection, PlugEvent, PlugListener, PlugPeer, Role, Token, VmState as Plugged};
 use limosa_proto::compat::{self, HostOffer, MacHolder};
@@ -252,7 +252,7 @@ impl Vms {
             self.insert(&vm).map_err(|(code, words)| ApiError::refused(code.id(), words))
         });
         inserted.inspect_err(|_| vm.end_within(Duration::ZERO))?;
-        settle::remember_process(agent, vm.id, pid);
+        noted::remember(agent, vm.id, pid);
         self.learn(&agent.config, &vm, &[]);
         Ok(vm.info())
     }

@@ -9,9 +9,9 @@ use crate::config::{NAME_WANTS, plain_name};
 use crate::disks;
 use crate::incoming::offer;
 use crate::jobs::{Ending, unix_ms};
+use crate::noted;
 use crate::pages::huge_pages;
 use crate::pausing::{hold, take_up, tell};
-use crate::settle;
 use crate::vm::{Claim, Vm, VmState};
 use limosa_link::Cancel;
 use limosa_plug::GuestMemory;
@@ -164,7 +164,7 @@ fn go_on(cancel: &Cancel) -> Result<(), String> {
 fn make(agent: &Agent, id: u64, restoring: &Restoring, records: Vec<Record>, cancel: &Cancel) -> Result<(), String> {
     let (vm, described) = (restoring.claim.vm(), &restoring.guest.vm);
     let (process, arrived) = agent.vms.launch(agent, &described.name, vec!["--incoming".into()], LAUNCH_MAX)?;
-    settle::remember_process(agent, described.id, process.pid());
+    noted::remember(agent, described.id, process.pid());
     vm.set_process(process);
     vm.set_console(agent.config.console_socket(&described.name));
     let connection = arrived.connection;
@@ -227,7 +227,7 @@ fn discard(agent: &Agent, vm: &Arc<Vm>) {
     }
     vm.end_within(DISCARD_MAX);
     agent.vms.remove(vm.id);
-    settle::forget_process(agent, vm.id);
+    noted::forget(agent, vm.id);
 }
 
 #[cfg(test)]
