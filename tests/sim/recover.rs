@@ -665,11 +665,11 @@ impl World {
         self.point(Step::Patience, false, host, peer);
         self.strike_all();
         let Some(agent) = self.agent(host, incarnation) else { return };
-        if agent.entry.as_ref().is_some_and(|entry| entry.claim.is_some()) {
+        let latest = recovery::is_latest(agent.journal.records(), &record);
+        if latest && agent.entry.as_ref().is_some_and(|entry| entry.claim.is_some()) {
             return;
         }
         let records = agent.journal.of(migration, generation);
-        let latest = recovery::is_latest(agent.journal.records(), &record);
         let plugged = agent.entry.as_ref().and_then(|entry| entry.plugged).filter(|_| latest);
         let lives = latest && self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
         let says = plugged.map(|vmm| self.guest.vmms[vmm].state);

@@ -524,12 +524,12 @@ fn give_up(agent: &Agent, job: u64, ready: &JournalRecord, heard: &Heard) {
     let _one = deciding();
     let records = agent.journal().of(ready.migration, ready.generation);
     let vm = agent.vms.with_id(ready.vm);
-    if vm.as_ref().is_some_and(|vm| vm.is_claimed()) {
-        // Another attempt has this guest now, and its driver decides.
-        return;
-    }
     // A VMM that is here speaks for the latest attempt alone.
     let latest = recovery::is_latest(agent.journal().records(), ready);
+    if latest && vm.as_ref().is_some_and(|vm| vm.is_claimed()) {
+        // Another attempt is about to have this guest, and its driver decides.
+        return;
+    }
     let vm = vm.filter(|_| latest);
     let plugged = vm.as_ref().is_some_and(|vm| vm.connection().is_some());
     let (says, lives) = (vm.as_ref().and_then(|vm| state_of(vm)), latest && noted::lives(agent, ready.vm));
