@@ -3,11 +3,10 @@
 
 use crate::checker::Mutant;
 use crate::faults::Step;
-use crate::guest::{VM, description};
+use crate::guest::description;
 use crate::host::{is_infallible, shown, step_and_task};
 use crate::link::{Key, Owner};
 use crate::world::{Begun, Engine, EntryState, Item, Operation, Outcome, Owed, Session, Told, World, host_id};
-use limosa_proto::commit::JournalRecord;
 use limosa_proto::destination::Destination;
 use limosa_proto::event::{
     Course, DestinationAction, DestinationConfig, DestinationEvent, DestinationOutcome, HostTask, Side, SourceAction,
@@ -622,9 +621,4 @@ fn new_session(key: Key, peer: usize, engine: Engine, connection: (usize, usize)
         asked: 0,
         fate: None,
     }
-}
-
-/// The records of the guest.
-pub(crate) fn of_guest(records: &[JournalRecord]) -> Vec<JournalRecord> {
-    records.iter().filter(|record| record.vm == VM).cloned().collect()
 }

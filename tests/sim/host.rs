@@ -184,7 +184,7 @@ impl World {
         match action {
             DestinationAction::Check(_) => {
                 // One that lives and has not plugged in is not known, and its guest is not let in beside it.
-                let silent = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
+                let silent = self.noted_lives(host);
                 let agent = self.hosts[host].agent.as_mut().unwrap();
                 if agent.entry.is_some() || silent {
                     return Ok(Answer::Taken);
@@ -279,6 +279,11 @@ impl World {
             }
         }
         Ok(Answer::Done)
+    }
+
+    /// Whether the VMM lives that was last made for the guest here, plugged in or not.
+    pub(crate) fn noted_lives(&self, host: usize) -> bool {
+        self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives)
     }
 
     pub(crate) fn process_lives(&self, host: usize) -> bool {

@@ -1,7 +1,6 @@
 //! Deaths and what comes after: agents, VMMs and hosts that die, agents that start again and settle what their journal has
 //! left open. The decisions are `limosa_proto::recovery`'s; here they are carried out as `limosa-agent` does (`settle`, `vms`).
 
-use crate::agent::of_guest;
 use crate::checker::Mutant;
 use crate::faults::Step;
 use crate::guest::VM;
@@ -138,7 +137,7 @@ impl World {
 
     /// Puts on record that a guest came here, before it leaves.
     pub(crate) fn is_on_record(&mut self, host: usize) -> bool {
-        let records = of_guest(self.hosts[host].agent.as_ref().unwrap().journal.records());
+        let records = self.hosts[host].agent.as_ref().unwrap().journal.of_guest(VM);
         recovery::before_it_leaves(&records).into_iter().all(|(of, came)| self.write(host, &came.of(&of)).is_ok())
     }
 
@@ -193,8 +192,8 @@ impl World {
         if agent.entry.is_some() {
             return Duration::ZERO;
         }
-        let lives = self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
-        recovery::wait_before_admitting(&of_guest(agent.journal.records()), lives, self.now.since(agent.started))
+        let lives = self.noted_lives(host);
+        recovery::wait_before_admitting(&agent.journal.of_guest(VM), lives, self.now.since(agent.started))
     }
 
     pub(crate) fn kill_agent(&mut self, host: usize) {
@@ -355,7 +354,7 @@ impl World {
         if may_have_run {
             return;
         }
-        let records = of_guest(agent.journal.records());
+        let records = agent.journal.of_guest(VM);
         if let Some((of, note)) = recovery::vmm_ended_unrun(&records)
             && self.write(host, &note.of(&of)).is_err()
         {
@@ -429,7 +428,7 @@ impl World {
     }
 
     fn decide_plugged_in(&mut self, host: usize, vmm: usize, state: Plugged) {
-        let records = of_guest(self.hosts[host].agent.as_ref().unwrap().journal.records());
+        let records = self.hosts[host].agent.as_ref().unwrap().journal.of_guest(VM);
         let found = recovery::plugged_in(&records, state);
         self.log(|| format!("host {host}: VMM {vmm} plugs in, {state:?}: {found:?}"));
         if let Some((of, note)) = &found.note {
@@ -589,7 +588,7 @@ impl World {
         // A VMM that is here speaks for the latest attempt alone.
         let latest = records.last().is_some_and(|last| recovery::is_latest(agent.journal.records(), last));
         let entry = agent.entry.clone().filter(|_| latest);
-        let lives = latest && self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
+        let lives = latest && self.noted_lives(host);
         let silent = lives.then_some(GuestHere { claimed: false, plugged: None });
         let here = entry.as_ref().map(|entry| GuestHere {
             claimed: entry.claim.is_some(),
@@ -671,7 +670,7 @@ impl World {
         }
         let records = agent.journal.of(migration, generation);
         let plugged = agent.entry.as_ref().and_then(|entry| entry.plugged).filter(|_| latest);
-        let lives = latest && self.hosts[host].process_file.is_some_and(|vmm| self.guest.vmms[vmm].lives);
+        let lives = latest && self.noted_lives(host);
         let says = plugged.map(|vmm| self.guest.vmms[vmm].state);
         let found = recovery::out_of_patience(&records, migration, generation, plugged.is_some(), says, lives, said);
         self.log(|| format!("host {host}: open is generation {}, the source said {said:?}: {found:?}", generation.0));

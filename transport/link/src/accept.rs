@@ -216,8 +216,7 @@ impl Listener {
                 continue;
             }
             if waiting.make_room(from.ip()) {
-                refusals::count(Port::Tcp, Why::Crowded);
-                self.gate.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+                self.gate.count_crowded();
             }
             let (stay, leave) = oneshot::channel();
             let (gate, sessions) = (self.gate.clone(), sessions.clone());
@@ -242,10 +241,15 @@ impl Listener {
 }
 
 impl Gate {
-    /// Turns one away whose address has begun too many handshakes in vain: nothing of it is read, and no task is made.
-    fn crowded(&self, stream: &TcpStream, from: SocketAddr) {
+    /// One had to make room, or got none.
+    fn count_crowded(&self) {
         refusals::count(Port::Tcp, Why::Crowded);
         self.counters.crowded_out.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Turns one away whose address has begun too many handshakes in vain: nothing of it is read, and no task is made.
+    fn crowded(&self, stream: &TcpStream, from: SocketAddr) {
+        self.count_crowded();
         self.log.say(from.ip(), |unsaid| tracing::warn!(%from, unsaid, "a connection was turned away: {IN_VAIN}"));
         // Not by the runtime, which has not seen yet that it can be written to. What it has said is thrown away, since closing with that
         // unread would reset the connection under the alert; the alert leaves with the close in one packet.

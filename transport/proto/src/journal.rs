@@ -192,6 +192,12 @@ impl<D: Disk> Journal<D> {
         self.records.iter().filter(fits).cloned().collect()
     }
 
+    /// The records of one guest, oldest first.
+    #[must_use]
+    pub fn of_guest(&self, vm: VmId) -> Vec<JournalRecord> {
+        self.records.iter().filter(|record| record.vm == vm).cloned().collect()
+    }
+
     /// The generation that the next attempt to move `vm` has to carry.
     #[must_use]
     pub fn next_generation(&self, vm: VmId) -> Generation {

@@ -3,7 +3,6 @@
 
 use crate::agent::Agent;
 use crate::process::{birth, is_alive};
-use limosa_proto::commit::JournalRecord;
 use limosa_proto::identity::VmId;
 use limosa_proto::recovery;
 use limosa_proto::wire::code::Code;
@@ -16,7 +15,7 @@ pub(crate) fn await_vmm(agent: &Agent, vm: VmId) -> Result<(), Refusal> {
     if agent.vms.with_id(vm).is_some() {
         return Ok(());
     }
-    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    let records = agent.journal().of_guest(vm);
     std::thread::sleep(recovery::wait_before_admitting(&records, lives(agent, vm), agent.since_start()));
     let silent = agent.vms.with_id(vm).is_none();
     match process_of(agent, vm).filter(|(pid, born)| silent && is_alive(*pid, *born)) {

@@ -11,6 +11,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
+/// Which of /proc/PID/stat's fields, from the one after the process's name, is when it started.
+const BIRTH: usize = 19;
+
 /// A process that this agent started.
 #[derive(Debug)]
 pub struct Process {
@@ -119,14 +122,15 @@ fn reader(pipe: Option<impl io::Read + Send + 'static>, bytes_max: u64) -> Recei
 /// When process `pid` started, in clock ticks since boot: with the pid it names one process for ever.
 #[must_use]
 pub fn birth(pid: u32) -> Option<u64> {
-    stat_field(pid, 19)
+    field(&stat_fields(pid)?, BIRTH)
 }
 
 /// Whether process `pid` is still the one that was born at `born`, and has not ended: one that nobody has waited for has.
 #[must_use]
 pub fn is_alive(pid: u32, born: u64) -> bool {
-    let state = stat_fields(pid).and_then(|fields| fields.trim_start().chars().next());
-    birth(pid) == Some(born) && !matches!(state, None | Some('Z' | 'X'))
+    let Some(fields) = stat_fields(pid) else { return false };
+    let ended = fields.trim_start().starts_with(['Z', 'X']);
+    !ended && field(&fields, BIRTH) == Some(born)
 }
 
 /// Ends process `pid` if it is still the one that was born at `birth`.
@@ -162,8 +166,8 @@ fn stat_fields(pid: u32) -> Option<String> {
 }
 
 /// One of them, which is a number.
-fn stat_field(pid: u32, index: usize) -> Option<u64> {
-    stat_fields(pid)?.split_whitespace().nth(index)?.parse().ok()
+fn field(fields: &str, index: usize) -> Option<u64> {
+    fields.split_whitespace().nth(index)?.parse().ok()
 }
 
 /// Free memory of this host in bytes, as the kernel estimates it.

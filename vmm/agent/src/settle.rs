@@ -261,7 +261,7 @@ pub(crate) fn decided(agent: &Agent, job: u64, record: &JournalRecord, here: boo
 pub(crate) fn plugged_in(agent: &Arc<Agent>, vm: &Arc<Vm>, state: Plugged) {
     failpoints::pass(Some(Point::DestinationRecoveryPluggedIn));
     let one = deciding();
-    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
+    let records = agent.journal().of_guest(vm.id);
     let found = recovery::plugged_in(&records, says(state));
     if let Some((of, running)) = &found.note {
         note(agent, of, *running);
@@ -294,7 +294,7 @@ pub(crate) fn vmm_ended(agent: &Arc<Agent>, vm: &Vm) {
     if vm.may_have_run() {
         return;
     }
-    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm.id).cloned().collect();
+    let records = agent.journal().of_guest(vm.id);
     let Some((of, given_up)) = recovery::vmm_ended_unrun(&records) else { return };
     tracing::warn!(vm = vm.name, "the VMM ended before the guest ran here: the guest is given up");
     if note(agent, &of, given_up) {
@@ -373,7 +373,7 @@ pub(crate) fn owe(agent: &Arc<Agent>, migration: MigrationId, generation: Genera
 
 /// Puts on record that a guest came here, before it leaves.
 pub(crate) fn before_it_leaves(agent: &Agent, vm: VmId) -> Result<(), JournalError> {
-    let records: Vec<JournalRecord> = agent.journal().records().iter().filter(|record| record.vm == vm).cloned().collect();
+    let records = agent.journal().of_guest(vm);
     recovery::before_it_leaves(&records).into_iter().try_for_each(|(of, came)| agent.write(&came.of(&of)))
 }
 
