@@ -56,7 +56,7 @@ pub use forward::Kept;
 pub use frame::{FRAME_BYTES_MIN, Frame, FrameKind, frames};
 pub use learn::{Claim, LEARNED_MAX, Learned, Way, claim};
 pub use nic::{ADDRESSES_MAX, Nic, mac_words};
-pub use reach::{Reached, reach, reach_words};
+pub use reach::{Questions, Reached, reach, reach_words};
 pub use schedule::{Due, GAP_MAX, ROUNDS_MAX, Rounds, Schedule, ScheduleError};
 pub use socket::{ListenError, OpenError};
 pub use stations::{Hold, Station, StationsError, stations};

@@ -28,8 +28,8 @@ pub struct Reached {
 }
 
 /// First and longest time between two questions; each is twice the one before. A question that the guest does not take yet waits in
-/// its port's queue and is answered when it does, so asking more often would measure nothing better: it would only give a guest that
-/// has just been resumed hundreds of answers to send.
+/// its port's queue and is answered when it does, so asking more often, or for all addresses at once, would measure nothing better: it
+/// would only give a guest that has just been resumed more to do before its first answer.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(640));
 
 /// How a question for `address` is called: "ARP probe of 10.0.0.5 from br0".
@@ -39,58 +39,94 @@ pub fn reach_words(nic: &Nic, address: IpAddr) -> String {
     format!("{kind} of {address} from {}{vlan}", nic.interface)
 }
 
-/// Asks for the card's first addresses until one answers or `patience` is over. Blocks its thread.
-///
-/// # Errors
-/// In words: nothing to ask for, no answer in time, or the questions cannot be sent.
-pub fn reach(nic: &Nic, patience: Duration) -> Result<Reached, String> {
-    let (begun, name) = (Instant::now(), &nic.interface);
-    let addresses: Vec<IpAddr> = nic.announceable().take(ASKED_MAX).collect();
-    let Some(first) = addresses.first().filter(|_| nic.problem_of_card().is_none()) else {
-        return Err("no address of the guest is known".to_owned());
-    };
-    let socket = PacketSocket::listen(name).map_err(|error| format!("interface {name:?}: {error}"))?;
-    let questions = questions(nic, &addresses)?;
-    if let Some(port) = &nic.port {
-        // Or the bridge would send the question to where the guest used to be. The announcer says what is wrong with it.
-        let _ = fdb::learn(nic.mac, port);
+/// The questions to one card. Made ahead, so that nothing but asking is left to do once the guest runs.
+#[derive(Debug)]
+pub struct Questions {
+    nic: Nic,
+    /// An address, and the frame that asks for it: one each time, in turn.
+    frames: Vec<(IpAddr, Vec<u8>)>,
+    socket: PacketSocket,
+}
+
+impl Questions {
+    /// Those for the card's first addresses.
+    ///
+    /// # Errors
+    /// In words: nothing to ask for, no such interface, or no socket.
+    pub fn prepare(nic: &Nic) -> Result<Questions, String> {
+        let addresses: Vec<IpAddr> = nic.announceable().take(ASKED_MAX).collect();
+        if addresses.is_empty() || nic.problem_of_card().is_some() {
+            return Err("no address of the guest is known".to_owned());
+        }
+        let name = &nic.interface;
+        let own = mac_of(name).ok_or_else(|| format!("interface {name:?} is not there, or has no MAC address"))?;
+        let socket = PacketSocket::filtered().map_err(|error| format!("interface {name:?}: {error}"))?;
+        let frames = addresses.iter().map(|address| (*address, question(nic, own, address))).collect();
+        Ok(Questions { nic: nic.clone(), frames, socket })
     }
-    let (mut next, mut pause, mut sent) = (begun, PAUSE.0, Ok(()));
-    loop {
-        let now = Instant::now();
-        let elapsed = now.duration_since(begun);
-        if elapsed >= patience {
-            let why = sent.err().map_or(String::new(), |error: String| format!("; {error}"));
-            let words = reach_words(nic, *first);
-            return Err(format!("no answer to {words} within {} ms{why}", patience.as_millis()));
+
+    /// The card.
+    pub fn nic(&self) -> &Nic {
+        &self.nic
+    }
+
+    /// Asks until one address answers or `patience` is over. Blocks its thread.
+    ///
+    /// # Errors
+    /// In words: no answer in time, or the questions cannot be sent.
+    pub fn ask(&self, patience: Duration) -> Result<Reached, String> {
+        let Questions { nic, frames, socket } = self;
+        let (begun, name) = (Instant::now(), &nic.interface);
+        socket.bind(name).map_err(|error| format!("interface {name:?}: {error}"))?;
+        if let Some(port) = &nic.port {
+            // Or the bridge would send the question to where the guest used to be. The announcer says what is wrong with it.
+            let _ = fdb::learn(nic.mac, port);
         }
-        if now >= next {
-            sent = send(&socket, name, &questions);
-            next = now + pause;
-            pause = (pause * 2).min(PAUSE.1);
-        }
-        let wait = next.duration_since(now).min(patience - elapsed).as_millis();
-        let wait = u16::try_from(wait).unwrap_or(u16::MAX).max(1);
-        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(wait)) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(format!("waiting for an answer on {name} failed: {error}")),
-        }
-        if let Some(address) = heard(&socket, nic.mac, &addresses) {
-            return Ok(Reached { address, at: Instant::now() });
+        let mut turns = frames.iter().cycle();
+        let (mut next, mut pause, mut sent) = (begun, PAUSE.0, Ok(()));
+        loop {
+            let now = Instant::now();
+            let elapsed = now.duration_since(begun);
+            if elapsed >= patience {
+                let why = sent.err().map_or(String::new(), |error: String| format!("; {error}"));
+                let words = frames.first().map_or(String::new(), |(first, _)| reach_words(nic, *first));
+                return Err(format!("no answer to {words} within {} ms{why}", patience.as_millis()));
+            }
+            if now >= next {
+                sent = turns.next().map_or(Ok(()), |(_, frame)| send(socket, name, frame));
+                next = now + pause;
+                pause = (pause * 2).min(PAUSE.1);
+            }
+            let wait = next.duration_since(now).min(patience - elapsed).as_millis();
+            let wait = u16::try_from(wait).unwrap_or(u16::MAX).max(1);
+            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::from(wait)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(format!("waiting for an answer on {name} failed: {error}")),
+            }
+            if let Some(address) = heard(socket, nic.mac, frames) {
+                return Ok(Reached { address, at: Instant::now() });
+            }
         }
     }
 }
 
-/// One frame for each address, from the interface's own MAC. To the guest alone where its port is known, or else to all.
-fn questions(nic: &Nic, addresses: &[IpAddr]) -> Result<Vec<Vec<u8>>, String> {
-    let own = mac_of(&nic.interface).ok_or_else(|| format!("interface {:?} has no MAC address", nic.interface))?;
+/// [`Questions::prepare`] and [`Questions::ask`] at once.
+///
+/// # Errors
+/// See there.
+pub fn reach(nic: &Nic, patience: Duration) -> Result<Reached, String> {
+    Questions::prepare(nic)?.ask(patience)
+}
+
+/// From the interface's own MAC; to the guest alone where its port is known, or else to all.
+fn question(nic: &Nic, own: EthernetAddress, address: &IpAddr) -> Vec<u8> {
     let guest = nic.port.is_some().then_some(EthernetAddress(nic.mac));
-    let body = |address: &IpAddr| match address {
+    let body = match address {
         IpAddr::V4(v4) => arp::probe(own, guest.unwrap_or(EthernetAddress::BROADCAST), *v4),
         IpAddr::V6(v6) => ndisc::probe(guest, *v6),
     };
-    Ok(addresses.iter().map(|address| whole(own, nic.vlan, &body(address))).collect())
+    whole(own, nic.vlan, &body)
 }
 
 fn mac_of(interface: &str) -> Option<EthernetAddress> {
@@ -100,19 +136,19 @@ fn mac_of(interface: &str) -> Option<EthernetAddress> {
     mac.map(EthernetAddress)
 }
 
-fn send(socket: &PacketSocket, name: &str, questions: &[Vec<u8>]) -> Result<(), String> {
-    let interface = socket.interface(name).map_err(|error| format!("interface {name:?}: {error}"))?;
-    questions.iter().try_for_each(|frame| socket.send(interface, frame).map_err(|error| format!("interface {name:?}: {error}")))
+fn send(socket: &PacketSocket, name: &str, frame: &[u8]) -> Result<(), String> {
+    let sent = socket.interface(name).and_then(|interface| socket.send(interface, frame));
+    sent.map_err(|error| format!("interface {name:?}: {error}"))
 }
 
-/// The address that a frame of the guest claims, if it is one that was asked for.
-fn heard(socket: &PacketSocket, mac: [u8; 6], addresses: &[IpAddr]) -> Option<IpAddr> {
+/// The address that a frame of the guest claims, if it is one that is asked for.
+fn heard(socket: &PacketSocket, mac: [u8; 6], asked: &[(IpAddr, Vec<u8>)]) -> Option<IpAddr> {
     let mut buffer = [0; FRAME_BYTES_MAX];
     while let Ok((bytes, outgoing)) = socket.receive(&mut buffer) {
         let frame = buffer.get(..bytes).unwrap_or_default();
         // What this host sends is its own announcement, with the guest's MAC.
         let Some(Claim::Has(address)) = claim(mac, Way::FromGuest, frame).filter(|_| !outgoing) else { continue };
-        if addresses.contains(&address) {
+        if asked.iter().any(|(one, _)| *one == address) {
             return Some(address);
         }
     }

@@ -123,6 +123,13 @@ impl PacketSocket {
 
     /// Hears the frames of one interface, both ways, by which addresses are learned.
     pub(crate) fn listen(interface: &str) -> Result<PacketSocket, ListenError> {
+        let socket = PacketSocket::filtered()?;
+        socket.bind(interface)?;
+        Ok(socket)
+    }
+
+    /// Will hear such frames and no others, once it is bound to an interface.
+    pub(crate) fn filtered() -> Result<PacketSocket, ListenError> {
         let socket = PacketSocket::open()?;
         setsockopt(&socket.fd, sockopt::RcvBuf, &RECEIVE_BYTES).map_err(ListenError::Other)?;
         let filter = libc::sock_fprog { len: FILTER.len() as u16, filter: FILTER.as_ptr().cast_mut() };
@@ -137,7 +144,6 @@ impl PacketSocket {
             )
         };
         Errno::result(done).map_err(ListenError::Other)?;
-        socket.bind(interface)?;
         Ok(socket)
     }
 
@@ -152,7 +158,8 @@ impl PacketSocket {
         Ok(socket)
     }
 
-    fn bind(&self, interface: &str) -> Result<(), ListenError> {
+    /// From now on it hears this interface.
+    pub(crate) fn bind(&self, interface: &str) -> Result<(), ListenError> {
         let index = if_nametoindex(interface).map_err(|_| ListenError::NoSuchInterface)?;
         let on = address(i32::try_from(index).map_err(|_| ListenError::NoSuchInterface)?, ANY_PROTOCOL);
         // SAFETY: `on` is a sockaddr_ll of the size given, which the kernel reads; the descriptor is open.

@@ -37,6 +37,11 @@ enum Inner {
     Prepared(ReceiveLanes, u32),
     /// The lanes have ended and the state is loaded.
     Loaded(Option<ReceiveLanes>),
+    /// The network was told, and the guest asked.
+    Told {
+        announcements: Vec<String>,
+        reached: Reached,
+    },
 }
 
 struct Driver {
@@ -215,6 +220,7 @@ impl Driver {
                 self.lanes = lanes;
                 self.feed(DestinationEvent::Loaded);
             }
+            Inner::Told { announcements, reached } => self.account(announcements, reached),
             Inner::Prepared(lanes, populated_ms) => {
                 // An engine that has given up meanwhile has sent its Discard behind this.
                 self.lanes = Some(lanes);
@@ -453,24 +459,20 @@ impl Driver {
     }
 
     fn announce(&self) {
-        let (cpu_ns, counters) = (self.cpu_ns.clone(), self.counters.clone());
         let (inner, runtime) = (self.inner.clone(), tokio::runtime::Handle::current());
         self.host.call(
             HostTask::Announce,
-            |host| Ok((host.announce()?, host.cpu_seconds(), host.reach())),
+            |host| Ok((host.announce()?, host.reach())),
             move |called| {
-                let (announcements, host_seconds, reaching) = match called {
+                let (announcements, reaching) = match called {
                     Ok(told) => told,
                     Err((task, words)) => {
                         let _ = inner.send(Inner::Event(DestinationEvent::HostFailed { task, words }));
                         return;
                     }
                 };
-                let ours = cpu_ns.load(Ordering::Relaxed) + counters.cpu_ns.load(Ordering::Relaxed);
-                let cpu_us = ours / 1000
-                    + Duration::try_from_secs_f64(host_seconds).map_or(0, |host| u64::try_from(host.as_micros()).unwrap_or(0));
                 let tell = move |reached| {
-                    let _ = inner.send(Inner::Event(DestinationEvent::Announced { announcements, cpu_us, reached }));
+                    let _ = inner.send(Inner::Told { announcements, reached });
                 };
                 match reaching {
                     None => tell(Reached::default()),
@@ -478,6 +480,18 @@ impl Driver {
                 }
             },
         );
+    }
+
+    /// What it all took, summed up when the guest has answered: until then it needs the CPU more.
+    fn account(&self, announcements: Vec<String>, reached: Reached) {
+        let (cpu_ns, counters) = (self.cpu_ns.clone(), self.counters.clone());
+        let event = move |host_seconds: f64| {
+            let ours = cpu_ns.load(Ordering::Relaxed) + counters.cpu_ns.load(Ordering::Relaxed);
+            let host = Duration::try_from_secs_f64(host_seconds).unwrap_or_default();
+            let cpu_us = ours / 1000 + u64::try_from(host.as_micros()).unwrap_or(0);
+            DestinationEvent::Announced { announcements, cpu_us, reached }
+        };
+        self.ask(HostTask::Announce, |host| Ok(host.cpu_seconds()), event);
     }
 
     fn close(&mut self) {

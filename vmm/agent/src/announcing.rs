@@ -3,7 +3,7 @@
 
 use crate::config::Config;
 use crate::vm_config::tap_name;
-use limosa_announce::{Announcer, Nic, Schedule, Sent};
+use limosa_announce::{Announcer, Nic, Questions, Schedule, Sent};
 use limosa_proto::wire::message::{Reached, VmDescription};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,13 +34,22 @@ pub(crate) fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
 /// How long a guest is asked whether it answers before that is given up; the source waits for it with its report.
 const REACH_MAX: Duration = Duration::from_secs(2);
 
+/// What will be asked of a guest once it runs here, or why nothing can be.
+pub(crate) type Asking = Result<Questions, String>;
+
+/// Makes them, for the first card of which an address is known.
+pub(crate) fn questions(nics: &[Nic]) -> Asking {
+    let nic = nics.iter().find(|nic| !nic.addresses.is_empty());
+    nic.ok_or("no address of the guest is known; `addresses` of its NIC names them".to_owned()).and_then(Questions::prepare)
+}
+
 /// Begins to ask a guest from this host whether it answers, since it was resumed, on a thread of its own. What is returned gets
 /// the first answer, or why there is none, after [`REACH_MAX`] at the latest.
-pub(crate) fn ask(nics: Vec<Nic>, resumed: Instant) -> mpsc::Receiver<Reached> {
+pub(crate) fn ask(asking: Asking, resumed: Instant) -> mpsc::Receiver<Reached> {
     let (sender, answer) = mpsc::channel();
     let run = move || {
         // Gone is who waited when the source's patience ended.
-        let _ = sender.send(asked(&nics, resumed));
+        let _ = sender.send(asked(asking, resumed));
     };
     if let Err(error) = std::thread::Builder::new().name("reach".into()).spawn(run) {
         tracing::warn!(%error, "the guest is not asked whether it answers: no thread");
@@ -48,18 +57,17 @@ pub(crate) fn ask(nics: Vec<Nic>, resumed: Instant) -> mpsc::Receiver<Reached> {
     answer
 }
 
-fn asked(nics: &[Nic], resumed: Instant) -> Reached {
-    let silent = |words: String| Reached { after_us: None, words };
-    let Some(nic) = nics.iter().find(|nic| !nic.addresses.is_empty()) else {
-        return silent("no address of the guest is known; `addresses` of its NIC names them".into());
-    };
-    match limosa_announce::reach(nic, REACH_MAX) {
-        Ok(reached) => {
-            let after = reached.at.saturating_duration_since(resumed);
-            let words = limosa_announce::reach_words(nic, reached.address);
+fn asked(asking: Asking, resumed: Instant) -> Reached {
+    let reached = asking.and_then(|questions| {
+        let reached = questions.ask(REACH_MAX)?;
+        Ok((reached.at, limosa_announce::reach_words(questions.nic(), reached.address)))
+    });
+    match reached {
+        Ok((at, words)) => {
+            let after = at.saturating_duration_since(resumed);
             Reached { after_us: Some(u64::try_from(after.as_micros()).unwrap_or(u64::MAX)), words }
         }
-        Err(words) => silent(words),
+        Err(words) => Reached { after_us: None, words },
     }
 }
 

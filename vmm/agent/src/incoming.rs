@@ -2,7 +2,7 @@
 //! How a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
 
 use crate::agent::Agent;
-use crate::announcing;
+use crate::announcing::{self, Asking};
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::asking;
 use crate::audit;
@@ -125,6 +125,7 @@ impl Hosting for Reception {
             cancel: cancel.clone(),
             announce_end: Arc::default(),
             resumed: Instant::now(),
+            asking: None,
             reaching: None,
         };
         Ok(Incoming {
@@ -306,6 +307,8 @@ struct Receiving {
     announce_end: Arc<AtomicBool>,
     /// When the guest was resumed here.
     resumed: Instant,
+    /// What it will be asked then; none: it has no card.
+    asking: Option<Asking>,
     /// Tells whether the guest has answered since.
     reaching: Option<mpsc::Receiver<Reached>>,
 }
@@ -381,6 +384,10 @@ impl DestinationHost for Receiving {
         }
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
+        self.asking = guest.description().filter(|guest| !guest.nics.is_empty()).map(|guest| {
+            let nics = announcing::nics(&self.agent.config, &guest);
+            announcing::questions(&nics)
+        });
         let memory = described.map(huge_pages(vm)).map_err(|e| HostError::new(e.to_string()))?;
         failpoints::at(Point::DestinationPrepared)?;
         Ok(Arc::new(GuestPages(memory)))
@@ -426,8 +433,7 @@ impl DestinationHost for Receiving {
         }
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
         guest.announces(Arc::clone(&self.announce_end));
-        let nics = announcing::nics(&self.agent.config, &description);
-        self.reaching = (!description.nics.is_empty()).then(|| announcing::ask(nics, self.resumed));
+        self.reaching = self.asking.take().map(|asking| announcing::ask(asking, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
         let told = announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)?;
