@@ -53,10 +53,7 @@ pub(super) fn moves_and_nobody_notices(lab: &Lab<'_>) -> Result<()> {
             report["bytes_on_wire"],
             pings.so_far()?.slowest_ms
         );
-        if link == "tcp" {
-            // An RDMA device takes memory in by a mapping of its own, in small pages.
-            has_huge_pages(to)?;
-        }
+        has_huge_pages(to)?;
         keeps_time([before, after], [host_clock(from)?, host_clock(to)?], downtime)?;
         is_announced(&capture, &guest, &to.machine.guest_port, &from.machine.guest_port)?;
         if moves == 0 {

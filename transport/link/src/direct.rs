@@ -150,7 +150,7 @@ pub trait Fabric: Send + Sync + 'static {
     fn expose(&self, exposure: Exposure) -> Result<Box<dyn Exposed>, HostError>;
 }
 
-/// The memory of one incoming guest as a device sees it. Dropping it takes everything back.
+/// The memory of one incoming guest as a device sees it. Dropping it closes it and gives everything back.
 pub trait Exposed: Send + Sync + 'static {
     /// Opens one chunk; blocks while the device takes it in.
     ///
@@ -158,8 +158,8 @@ pub trait Exposed: Send + Sync + 'static {
     /// In words: which chunk, what the device said, what to do.
     fn open(&self, chunk: u32) -> Result<MemoryKey, HostError>;
 
-    /// Takes all keys back: when it returns, no write of the source can change the memory. Called after the lanes have ended;
-    /// more than once does no harm.
+    /// Closes the memory: when it returns, no write of the source can change it, and no key is given any more. Called after the lanes
+    /// have ended, in the downtime: what takes time and can wait belongs into the drop. More than once does no harm.
     ///
     /// # Errors
     /// A page did not arrive as it was sent (with the number of such pages), or the device does not let go.
@@ -232,7 +232,7 @@ impl Opener {
         Ok(())
     }
 
-    /// Takes everything back, after what is being opened; see [`Exposed::close`].
+    /// Closes everything, after what is being opened; see [`Exposed::close`].
     pub(crate) fn close(&mut self) -> Result<(), ExposedError> {
         self.queue = None;
         if let Some(thread) = self.thread.take() {

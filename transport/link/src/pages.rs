@@ -51,6 +51,11 @@ pub trait Pages: Send + Sync + 'static {
         None
     }
 
+    /// Whether whoever maps that file shall ask the kernel for huge pages: who touches a page first decides how large it is.
+    fn huge_pages(&self) -> bool {
+        false
+    }
+
     /// Gives every page of `range` real memory, contents unchanged.
     ///
     /// # Errors

@@ -12,8 +12,8 @@ mod toy;
 
 use limosa_link::rdma::{RdmaCounters, RdmaError, RdmaLink, RdmaListener, RdmaSettings, addresses, counters};
 use limosa_link::{
-    Answer, Cancel, Capabilities, ConnectError, Control, Exposed, Exposure, Fabric, HostError, LaneCloser, LaneMemory,
-    LaneSender, Link, Pages, RemoteKeys,
+    Answer, Cancel, Capabilities, ConnectError, Control, Exposed, ExposedError, Exposure, Fabric, HostError, LaneCloser,
+    LaneMemory, LaneSender, Link, Pages, RemoteKeys,
 };
 use limosa_proto::allow::AllowList;
 use limosa_proto::event::SourceOutcome;
@@ -373,6 +373,51 @@ async fn a_page_that_changed_on_its_way_is_noticed_before_the_commit() {
     assert!(!trial.toy.saw.running.load(Ordering::SeqCst) && !trial.sender.saw.released.load(Ordering::SeqCst));
     assert!(!report.ok);
     trial.next_is_good().await;
+}
+
+/// Notes which handles there are before and after the memory is closed for the first time.
+struct Closing {
+    inner: Arc<dyn Fabric>,
+    seen: Arc<Mutex<Option<[counters::Counts; 2]>>>,
+}
+
+struct ClosingMemory(Box<dyn Exposed>, Arc<Mutex<Option<[counters::Counts; 2]>>>);
+
+impl Fabric for Closing {
+    fn link(&self) -> &'static str {
+        self.inner.link()
+    }
+    fn expose(&self, exposure: Exposure) -> Result<Box<dyn Exposed>, HostError> {
+        Ok(Box::new(ClosingMemory(self.inner.expose(exposure)?, self.seen.clone())))
+    }
+}
+
+impl Exposed for ClosingMemory {
+    fn open(&self, chunk: u32) -> Result<MemoryKey, HostError> {
+        self.0.open(chunk)
+    }
+    fn close(&self) -> Result<(), ExposedError> {
+        let before = counters::alive();
+        let closed = self.0.close();
+        self.1.lock().unwrap().get_or_insert([before, counters::alive()]);
+        closed
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_whose_lanes_are_gone_is_given_back_when_the_guest_runs() {
+    let _turn = TURN.lock().await;
+    let Some(at) = device() else { return };
+    let seen: Arc<Mutex<Option<[counters::Counts; 2]>>> = Arc::default();
+    let note = seen.clone();
+    let trial = Trial::over(at, memory(640), |inner| Arc::new(Closing { inner, seen: note })).await;
+    let (outcome, _) = trial.migrate_over(trial.link()).await;
+    assert_moved(&trial.sender, &trial.toy, &outcome);
+    let [before, after] = seen.lock().unwrap().unwrap();
+    // The source's queue pairs are in this process too, and may go meanwhile; the destination's are gone.
+    assert!(before.pairs <= u64::from(trial.sender.lanes), "{before:?}");
+    assert!(before.regions > 0 && after.regions > 0, "it was deregistered in the downtime: {before:?} {after:?}");
+    trial.assert_clean().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -409,6 +409,8 @@ impl Drop for QueuePair {
         self.domain.context().faults().forget(self.raw.addr().get());
         if let Err(error) = self.handle.destroy() {
             tracing::error!(%error, "a queue pair cannot be destroyed");
+            // The device still has it in there: whoever asks who uses the domain must see it.
+            mem::forget(Arc::clone(&self.domain));
             self.sends.leak();
             self.receives.leak();
         }

@@ -130,6 +130,15 @@ impl Mapping {
         Ok(Arc::new(Mapping { start, bytes: length.get() }))
     }
 
+    /// Asks the kernel for huge pages where this mapping is the first to touch a page, as a registration is that takes fresh memory in.
+    /// Advice: a kernel that has none, or is told not to, gives small ones.
+    pub fn ask_for_huge_pages(&self) {
+        // SAFETY: the range is this mapping, and the advice changes none of its contents.
+        if let Err(error) = unsafe { madvise(self.start, self.bytes, MmapAdvise::MADV_HUGEPAGE) } {
+            tracing::debug!(%error, "no huge pages behind memory for RDMA");
+        }
+    }
+
     /// Maps new memory of at least `bytes`, filled with zeros: for messages.
     ///
     /// # Errors

@@ -59,6 +59,10 @@ impl Pages for GuestPages {
         self.0.file(index)
     }
 
+    fn huge_pages(&self) -> bool {
+        self.0.huge_pages() == HugePages::Ask
+    }
+
     fn populate(&self, range: PageRange) -> io::Result<()> {
         self.0.populate(range)
     }

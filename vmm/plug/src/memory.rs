@@ -52,6 +52,7 @@ pub enum MemoryError {
 pub struct GuestMemory {
     map: MemoryMap,
     regions: Vec<MappedRegion>,
+    huge: HugePages,
 }
 
 #[derive(Debug)]
@@ -83,7 +84,7 @@ impl GuestMemory {
             let mapped = map_region(fd, offset, region.bytes, huge);
             regions.push(mapped.map_err(|source| MemoryError::Region { index, source })?);
         }
-        Ok(GuestMemory { map, regions })
+        Ok(GuestMemory { map, regions, huge })
     }
 
     /// The shape of the memory.
@@ -96,6 +97,12 @@ impl GuestMemory {
     #[must_use]
     pub fn file(&self, index: usize) -> Option<(BorrowedFd<'_>, u64)> {
         self.regions.get(index).map(|region| (region.fd.as_fd(), region.offset))
+    }
+
+    /// What it was mapped with.
+    #[must_use]
+    pub fn huge_pages(&self) -> HugePages {
+        self.huge
     }
 
     /// Sends the rest of `head` and then of the pages of `runs` by one `sendmsg`.

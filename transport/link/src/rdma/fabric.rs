@@ -1,5 +1,10 @@
 //! The destination's side of guest memory: which migrations may be written to, their memory registered chunk by chunk with keys
-//! for remote writes and nothing else, and all of it taken back before the guest runs. Lanes come in through `accept.rs`.
+//! for remote writes and nothing else, and closed to all of them before the guest runs. Lanes come in through `accept.rs`.
+//!
+//! To close it, its memory need not be deregistered, which takes time for each page that the device has and would all lie in the
+//! downtime: a key is good only for queue pairs of its own protection domain. So where no lane is let in any more and nobody but the
+//! migration holds its domain, which every queue pair does until the device has destroyed it, nobody can write; the memory is
+//! given back when the guest runs. Where somebody is left, it is given back first.
 
 use super::check::{PageKey, Suspects};
 use super::memory::{map_region, register_words};
@@ -180,10 +185,26 @@ impl Migration {
         Ok(MemoryKey { chunk, address: key.address, rkey: key.rkey })
     }
 
-    /// Takes everything back.
+    /// Closes the memory to its source.
     fn close(&self) -> Result<(), String> {
+        if self.lock_out() {
+            return Ok(());
+        }
+        tracing::warn!(migration = %self.exposure.migration, "a lane is not gone from its device: memory is given back first");
+        self.give_back()
+    }
+
+    /// Lets no lane in any more; whether none is left. Nobody comes to hold the domain who did not when this returns.
+    fn lock_out(&self) -> bool {
         let mut held = self.held();
         held.closed = true;
+        let own = held.regions.len() + 1;
+        held.domain.as_ref().is_none_or(|domain| Arc::strong_count(domain) == own)
+    }
+
+    /// Gives all memory back to the device's host.
+    fn give_back(&self) -> Result<(), String> {
+        let mut held = self.held();
         let regions = std::mem::take(&mut held.regions);
         held.mappings.clear();
         held.domain = None;
@@ -196,7 +217,7 @@ impl Migration {
     }
 }
 
-/// Takes regions back on several threads: the guest stands still meanwhile, and each page has to be let go. What failed, in words.
+/// Takes regions back on several threads: each page has to be let go. What failed, in words.
 fn deregister(regions: Vec<Arc<MemoryRegion>>) -> Vec<String> {
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(DEREGISTER_THREADS_MAX);
     let each = regions.len().div_ceil(threads).max(DEREGISTER_EACH_MIN);
@@ -241,8 +262,10 @@ impl Exposed for Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        if let Err(error @ ExposedError::Device(_)) = self.close() {
-            tracing::error!(%error, migration = %self.migration.exposure.migration, "guest memory was not taken back");
+        // A page that is wrong has been said by the first call, or the migration has failed in another way.
+        let _ = self.close();
+        if let Err(error) = self.migration.give_back() {
+            tracing::error!(error, migration = %self.migration.exposure.migration, "guest memory was not taken back");
         }
     }
 }

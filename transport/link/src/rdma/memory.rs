@@ -66,7 +66,12 @@ pub(super) fn map_region(pages: &dyn crate::Pages, index: usize) -> Result<Arc<M
             "memory region {index} of the guest is on no memory file, so that no RDMA device can have it: use memfds, or link tcp"
         )
     })?;
-    Mapping::of_file(file, offset, region.bytes).map_err(|error| format!("memory region {index} of the guest: {error}"))
+    let mapping = Mapping::of_file(file, offset, region.bytes);
+    let mapping = mapping.map_err(|error| format!("memory region {index} of the guest: {error}"))?;
+    if pages.huge_pages() {
+        mapping.ask_for_huge_pages();
+    }
+    Ok(mapping)
 }
 
 impl SourceMemory {

@@ -208,6 +208,29 @@ fn a_write_after_deregistration_is_denied_and_the_next_connection_works() {
     });
 }
 
+/// What a destination relies on that closes memory by letting no queue pair live in its domain.
+#[test]
+fn a_key_is_good_for_queue_pairs_of_its_own_domain_and_each_holds_it() {
+    on_device(async |device| {
+        let ends = device.connect(&Plan::default(), 0).await;
+        let mut other = device.connect(&Plan::default(), 0).await;
+        other.from.mapping().write_at(0, b"from elsewhere").unwrap();
+        other.source.post_writes(&[write(&other.from, 0, 4, ends.to.remote(), 1)]).unwrap();
+        assert_eq!(status(&mut other.source).await, Status::RemoteAccess);
+        let mut seen = [1; 4];
+        ends.to.mapping().read_at(0, &mut seen).unwrap();
+        assert_eq!(seen, [0; 4]);
+        let domain = Arc::clone(ends.destination.domain());
+        let kit::Ends { destination, to, inbox, .. } = ends;
+        assert!(Arc::strong_count(&domain) > 3, "the queue pair does not hold its domain");
+        drop(destination);
+        // This handle, and the two regions.
+        assert_eq!(Arc::strong_count(&domain), 3);
+        drop((to, inbox));
+        assert_eq!(Arc::strong_count(&domain), 1);
+    });
+}
+
 #[test]
 fn an_error_in_the_middle_of_a_list_flushes_the_rest_and_names_the_first() {
     on_device(async |device| {
