@@ -207,8 +207,11 @@ pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
     Ok(())
 }
 
-/// Has the paused guest's VMM give up what only one host may hold. A VMM that has ended holds nothing any more.
+/// Has the paused guest's VMM give up its disks, if it has any. A VMM that has ended holds nothing any more.
 pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
+    if vm.description().is_some_and(|description| description.disks.is_empty()) {
+        return Ok(());
+    }
     let given = vm.connection_within(REPLUG_MAX).map_err(HostError::new).and_then(|connection| {
         let took = connection.give_up().map_err(host_error)?;
         tracing::debug!(vm = vm.name, us = took.as_micros(), "the guest's disks were given up");

@@ -9,7 +9,7 @@ use crate::message::{
     self as wire, ANSWER, Answer, COMPLAINT, Header, Hello, Kind, Malformed, Request, Status, VERSION, VmStatus,
 };
 use crate::records;
-use crate::socket::{Received, Socket};
+use crate::socket::{Buffer, Received, Socket};
 use limosa_proto::bitmap::PageSet;
 use limosa_proto::record::Record;
 use limosa_proto::wire::message::VmDescription;
@@ -230,8 +230,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Link {
     fn read(&self, mut on_event: impl FnMut(PlugEvent)) {
+        let mut buffer = Buffer::new();
         let words = loop {
-            match self.socket.receive() {
+            match self.socket.receive_into(&mut buffer) {
                 Ok(Received::Message { bytes, fds }) => match self.take(&bytes, fds) {
                     Ok(Some(event)) => on_event(event),
                     Ok(None) => {}

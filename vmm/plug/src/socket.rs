@@ -30,6 +30,16 @@ pub(crate) enum Received {
     End,
 }
 
+/// Room for one message. Whoever receives many keeps one: a new one for each means new memory from the system each time.
+#[derive(Debug)]
+pub(crate) struct Buffer(Vec<u8>);
+
+impl Buffer {
+    pub(crate) fn new() -> Buffer {
+        Buffer(vec![0; BUFFER_BYTES])
+    }
+}
+
 /// A connected or listening SEQPACKET socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
@@ -102,11 +112,15 @@ impl Socket {
         }
     }
 
-    /// Waits for one datagram, without a deadline: see [`Socket::wait`] and [`Socket::shut`].
+    /// [`Socket::receive_into`] with a buffer for this one time.
     pub(crate) fn receive(&self) -> io::Result<Received> {
-        let mut bytes = vec![0; BUFFER_BYTES];
+        self.receive_into(&mut Buffer::new())
+    }
+
+    /// Waits for one datagram, without a deadline: see [`Socket::wait`] and [`Socket::shut`].
+    pub(crate) fn receive_into(&self, buffer: &mut Buffer) -> io::Result<Received> {
         let (length, flags, fds) = loop {
-            match receive_once(self.fd.as_fd(), &mut bytes) {
+            match receive_once(self.fd.as_fd(), &mut buffer.0) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Received::End),
                 other => break other?,
@@ -116,9 +130,8 @@ impl Socket {
         if length == 0 {
             return Ok(Received::End);
         }
-        bytes.truncate(length);
+        let bytes = buffer.0.get(..length.min(MESSAGE_BYTES_MAX)).unwrap_or_default().to_vec();
         if flags & libc::MSG_TRUNC != 0 || length > MESSAGE_BYTES_MAX {
-            bytes.truncate(MESSAGE_BYTES_MAX);
             return Ok(Received::TooLarge { bytes, words: "the message is larger than 192 KiB" });
         }
         if flags & libc::MSG_CTRUNC != 0 || fds.len() > DESCRIPTORS_MAX {

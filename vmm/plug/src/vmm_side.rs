@@ -13,7 +13,7 @@ use crate::message::{
     self as wire, ANSWER, Answer, COMPLAINT, Header, Hello, Kind, Malformed, Request, Role, Status, Token, VERSION, VmStatus,
 };
 use crate::records;
-use crate::socket::{Received, Socket, wait_any};
+use crate::socket::{Buffer, Received, Socket, wait_any};
 use crate::state::{VmState, permit};
 use limosa_proto::identity::VmId;
 use limosa_proto::memory::MemoryMap;
@@ -295,6 +295,7 @@ impl<'a> Session<'a> {
 
     /// Answers until the VMM is to end, or the agent is lost (`Err`, in words).
     fn answer_all(&mut self, socket: &Socket, events: &EventReceiver) -> Result<Ended, String> {
+        let mut buffer = Buffer::new();
         loop {
             let ready = wait_any(&[socket.as_fd(), events.wake.as_fd()], None).map_err(|error| error.to_string())?;
             if ready.get(1) == Some(&true) {
@@ -311,15 +312,15 @@ impl<'a> Session<'a> {
                 Err(_) => {}
             }
             if ready.first() == Some(&true)
-                && let Some(ended) = self.answer_one(socket)?
+                && let Some(ended) = self.answer_one(socket, &mut buffer)?
             {
                 return Ok(ended);
             }
         }
     }
 
-    fn answer_one(&mut self, socket: &Socket) -> Result<Option<Ended>, String> {
-        let (bytes, result) = match socket.receive().map_err(|error| error.to_string())? {
+    fn answer_one(&mut self, socket: &Socket, buffer: &mut Buffer) -> Result<Option<Ended>, String> {
+        let (bytes, result) = match socket.receive_into(buffer).map_err(|error| error.to_string())? {
             Received::End => return Err("the agent closed the connection or ended".to_owned()),
             Received::TooLarge { bytes, words } => (bytes, Err((Status::Malformed, words.to_owned()))),
             Received::Message { bytes, fds } => {
