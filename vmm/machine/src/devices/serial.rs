@@ -1,6 +1,7 @@
 //! The serial port, a 16550A: registers, interrupt, record. Not the terminal: output goes to a sink of the owner.
 //!
-//! A sink that blocks must stop neither the guest nor a pause, so a thread of its own writes it from a bounded buffer.
+//! A sink that blocks must stop neither the guest nor a pause, so a thread of its own writes it from a bounded buffer. A guest
+//! gives byte after byte, so that thread waits a moment for more before it writes: it is woken once for a line and not for each byte.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -17,6 +18,8 @@ pub(crate) const SERIAL_IRQ: u32 = 4;
 
 const INPUT_BYTES_MAX: usize = 256;
 const OUTPUT_BYTES_MAX: usize = 256 << 10;
+/// How long the first byte waits for others.
+const GATHER: Duration = Duration::from_millis(2);
 /// How long a stopping machine waits for its output to be written.
 const FLUSH_MAX: Duration = Duration::from_millis(200);
 
@@ -102,6 +105,8 @@ impl OutputBuffer {
         if output.closed {
             return;
         }
+        // Who writes sleeps only while there is nothing.
+        let wakes = output.bytes.is_empty();
         if output.bytes.len() < OUTPUT_BYTES_MAX {
             output.bytes.push_back(byte);
         } else {
@@ -110,7 +115,9 @@ impl OutputBuffer {
                 tracing::warn!("serial output is lost: its writer is too slow");
             }
         }
-        self.changed.notify_all();
+        if wakes {
+            self.changed.notify_all();
+        }
     }
 
     fn write_all_to(&self, mut sink: Box<dyn Write + Send>) {
@@ -122,6 +129,8 @@ impl OutputBuffer {
                 while output.bytes.is_empty() && !output.closed {
                     output = self.changed.wait(output).unwrap_or_else(PoisonError::into_inner);
                 }
+                let gathered = self.changed.wait_timeout_while(output, GATHER, |output| !output.closed);
+                output = gathered.unwrap_or_else(PoisonError::into_inner).0;
                 output.writing = !output.bytes.is_empty();
                 output.bytes.drain(..).collect()
             };
