@@ -1,5 +1,5 @@
-//! What peers of a Linux guest see who sit outside of both hosts, in a namespace of the outer machine: pings ten times a second, and
-//! long TCP transfers in both directions whose every byte is proven.
+//! What peers of a Linux guest see who sit outside of both hosts, in a namespace of the outer machine: pings, ten times a second or more
+//! often, and long TCP transfers in both directions whose every byte is proven.
 
 use crate::linux::disk::word_of;
 use crate::netns;
@@ -26,7 +26,10 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// An answer that takes longer counts as none.
 const PING_WAIT_MS: f64 = 1000.0;
 
-/// What `ping -i 0.1 -W 1` saw.
+/// Time between two pings, in seconds.
+pub const PING_EVERY: f64 = 0.1;
+
+/// What `ping -W 1` saw.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PingReport {
     /// Questions sent.
@@ -39,6 +42,8 @@ pub struct PingReport {
     pub late: Vec<u64>,
     /// The longest answer time, in milliseconds.
     pub slowest_ms: f64,
+    /// The longest time in which no answer came, in milliseconds: to within the time between two pings.
+    pub silence_ms: f64,
 }
 
 /// A running ping.
@@ -54,9 +59,18 @@ impl Pings {
     /// # Errors
     /// ping cannot be started.
     pub fn start(netns: &str, target: IpAddr, folder: &std::path::Path) -> Result<Pings> {
+        Pings::start_every(PING_EVERY, netns, target, folder)
+    }
+
+    /// The same, with so many seconds between two.
+    ///
+    /// # Errors
+    /// See [`Pings::start`].
+    pub fn start_every(seconds: f64, netns: &str, target: IpAddr, folder: &std::path::Path) -> Result<Pings> {
         let output = folder.join(format!("ping-{target}.txt"));
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", netns, "ping", "-n", "-i", "0.1", "-W", "1", &target.to_string()]);
+        let (every, target) = (seconds.to_string(), target.to_string());
+        command.args(["netns", "exec", netns, "ping", "-n", "-D", "-i", &every, "-W", "1", &target]);
         let file = File::create(&output)?;
         command.stdout(file.try_clone()?).stderr(file);
         Ok(Pings { process: Process::start("ping", &mut command)?, output })
@@ -85,11 +99,14 @@ impl Pings {
 
 fn ping_report(text: &str) -> Result<PingReport> {
     let mut answers: BTreeMap<u64, f64> = BTreeMap::new();
-    let mut sent: u64 = 0;
+    let (mut sent, mut heard, mut silence_s) = (0_u64, None, 0.0_f64);
     for line in text.lines() {
         let figure = |mark: &str| line.split_once(mark)?.1.split_whitespace().next()?.parse::<f64>().ok();
         if let (Some(number), Some(time)) = (figure("icmp_seq="), figure("time=")) {
             answers.entry(number as u64).or_insert(time);
+            let at = line.strip_prefix('[').and_then(|rest| rest.split(']').next()?.parse::<f64>().ok());
+            silence_s = silence_s.max(at.zip(heard).map_or(0.0, |(at, before)| at - before));
+            heard = at;
         }
         // The summary's two forms, of SIGINT and of SIGQUIT.
         if let Some(count) = line.split_once(" packets transmitted").and_then(|(count, _)| count.parse().ok()) {
@@ -106,7 +123,8 @@ fn ping_report(text: &str) -> Result<PingReport> {
     let in_time = |number: &u64| answers.get(number).is_some_and(|ms| *ms <= PING_WAIT_MS);
     let (late, lost) = (1..=settled).filter(|number| !in_time(number)).partition(|number| answers.contains_key(number));
     let answered = answers.values().filter(|ms| **ms <= PING_WAIT_MS).count() as u64;
-    Ok(PingReport { sent, answered, lost, late, slowest_ms: answers.values().copied().fold(0.0, f64::max) })
+    let slowest_ms = answers.values().copied().fold(0.0, f64::max);
+    Ok(PingReport { sent, answered, lost, late, slowest_ms, silence_ms: silence_s * 1000.0 })
 }
 
 /// Which way a transfer goes.
@@ -315,13 +333,15 @@ mod tests {
 
     #[test]
     fn lost_and_late_answers_are_counted_and_the_last_may_be_under_way() {
-        let line = |n: u64, ms: &str| format!("64 bytes from 10.78.0.101: icmp_seq={n} ttl=64 time={ms} ms\n");
+        let line =
+            |n: u64, ms: &str| format!("[1764345600.{n}00000] 64 bytes from 10.78.0.101: icmp_seq={n} ttl=64 time={ms} ms\n");
         let mut text: String = [1, 2, 4, 5].into_iter().map(|n| line(n, "1.5")).collect();
         text += &line(6, "1200");
         text += "\n--- 10.78.0.101 ping statistics ---\n8 packets transmitted, 5 received, 37.5% packet loss, time 700ms\n";
         let report = ping_report(&text).unwrap();
         assert_eq!((report.sent, report.answered, report.lost, report.slowest_ms), (8, 4, vec![3], 1200.0));
         assert_eq!(report.late, [6]);
+        assert!((report.silence_ms - 200.0).abs() < 0.1, "{}", report.silence_ms);
         let quit = format!("{}\r1/1 packets, 0% loss, min/avg/ewma/max = 1.5/1.5/1.5/1.5 ms\n", line(1, "1.5"));
         assert_eq!(ping_report(&quit).unwrap().sent, 1);
         assert!(ping_report("ping: connect: Network is unreachable").is_err());
