@@ -12,7 +12,7 @@ use crate::socket::{OpenError, PacketSocket};
 use crate::{Nic, fdb, frames, mac_words};
 
 /// The longest that a cancelled announcement goes on sleeping.
-const CANCEL_DELAY_MAX: Duration = Duration::from_millis(10);
+const CANCEL_DELAY_MAX: Duration = Duration::from_millis(100);
 
 /// What one round did for one card.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +126,7 @@ impl Announcer {
     }
 
     /// Performs a whole schedule for all cards of a guest, and returns when it is over or `cancelled` says so (asked
-    /// before each round and every 10 ms in between). `on_sent` gets the result for each card and round.
+    /// before each round and every 100 ms in between). `on_sent` gets the result for each card and round.
     pub fn run(&self, nics: &[Nic], schedule: &Schedule, cancelled: impl Fn() -> bool, mut on_sent: impl FnMut(Sent)) -> Outcome {
         let start = Instant::now();
         let mut rounds = schedule.start(start);

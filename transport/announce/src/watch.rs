@@ -22,8 +22,9 @@ pub const WATCHED_MAX: usize = 1024;
 
 /// Frames read from one port before the others have their turn.
 const FRAMES_MAX: usize = 64;
-/// The pause after something was heard: a guest that floods its port costs no more than [`FRAMES_MAX`] frames in that time.
-const PAUSE: Duration = Duration::from_millis(10);
+/// The pause after something was heard: a guest that floods its port costs no more than [`FRAMES_MAX`] frames in that time, and one
+/// that has just come and is announced is not kept from its CPU.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a port is not watched.
 #[derive(Debug, Error)]

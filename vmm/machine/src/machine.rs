@@ -146,6 +146,7 @@ fn create_nic(index: usize, nic: NicConfig) -> Result<Net, BuildError> {
         TapConfig::Name { name, bridge, vlan } => Tap::open(&name, bridge.as_deref(), vlan, nic.mtu)?,
         TapConfig::Fd(fd) => Tap::from_fd(fd, &format!("net{index}"))?,
     };
+    tap.pass_over(nic.mac);
     Ok(Net::new(nic.mac, nic.mtu, tap, nic.offload))
 }
 

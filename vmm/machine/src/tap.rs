@@ -18,6 +18,8 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
+const IFF_PERSIST: libc::c_int = 0x0800;
 /// linux/sockios.h; the libc crate lacks it.
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 
@@ -153,9 +155,8 @@ impl Tap {
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?;
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK)).map_err(failed)?;
         let mut tap = Self { file: File::from(fd), name: name.to_owned(), offload: false };
-        let mut ifreq = request(name)?;
-        // SAFETY: an open descriptor and a complete ifreq, which the kernel fills.
-        if unsafe { libc::ioctl(tap.file.as_raw_fd(), TUNGETIFF, &raw mut ifreq) } >= 0 {
+        request(name)?;
+        if tap.flags().is_some() {
             tap.offload = true;
             tap.set_frames()?;
         }
@@ -169,6 +170,41 @@ impl Tap {
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
         step(result, &self.name, "TUNSETVNETHDRSZ", "")?;
         self.set_offloads(Offloads::default())
+    }
+
+    /// Has the kernel drop what comes with `sender` as its source, which nobody here wants to read: for such a frame alone it would
+    /// wake the reader. A TAP that stays behind without us is left as it is: what it filters would stay, too.
+    pub fn pass_over(&self, sender: [u8; 6]) {
+        let stays = self.flags().is_none_or(|flags| flags & IFF_PERSIST != 0);
+        if stays {
+            return;
+        }
+        let [a, b, c, d, e, f] = sender;
+        let instruction = |code: u32, k: u32, jt, jf| libc::sock_filter { code: code as u16, jt, jf, k };
+        let filter = [
+            instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 6, 0, 0),
+            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::from_be_bytes([a, b, c, d]), 0, 3),
+            instruction(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 10, 0, 0),
+            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, u32::from(u16::from_be_bytes([e, f])), 0, 1),
+            instruction(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+            instruction(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+        // SAFETY: an open descriptor, and a program that names the filter with its length; the kernel copies it.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNATTACHFILTER, &raw const program) };
+        if result < 0 {
+            let error = std::io::Error::last_os_error();
+            tracing::debug!(tap = self.name, %error, "frames that the guest is not given wake its card's thread");
+        }
+    }
+
+    /// The interface's flags, where this is a TAP of the kernel's.
+    fn flags(&self) -> Option<libc::c_int> {
+        let mut ifreq = request(&self.name).ok()?;
+        // SAFETY: an open descriptor and a complete ifreq, which the kernel fills.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &raw mut ifreq) };
+        // SAFETY: TUNGETIFF filled this arm.
+        (result >= 0).then(|| libc::c_int::from(unsafe { ifreq.ifr_ifru.ifru_flags }))
     }
 
     /// Whether frames may be left unfinished: a TAP of the kernel's can, another descriptor cannot.

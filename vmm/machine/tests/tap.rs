@@ -3,6 +3,7 @@
 
 use limosa_machine::Tap;
 use nix::sched::{CloneFlags, unshare};
+use std::os::fd::AsFd as _;
 use std::process::Command;
 
 #[allow(unreachable_pub, dead_code)]
@@ -45,6 +46,38 @@ fn what_is_in_the_way_is_said_with_the_names_that_are_there() {
         let plain = Tap::open("tap1", Some("br0"), Some(7), 1500).unwrap_err().to_string();
         assert!(plain.contains("VLAN 7") && plain.contains("br0 does not filter VLANs"), "{plain}");
         assert!(!run("ip link show tap1"), "a TAP is left");
+    });
+}
+
+/// Who sent the frames that wait in the TAP.
+fn senders(tap: &Tap) -> Vec<[u8; 6]> {
+    let (mut found, mut frame) = (Vec::new(), [0; 4096]);
+    while let Ok(bytes) = nix::unistd::read(tap.as_fd(), &mut frame) {
+        // Behind the header of virtio-net and the receiver.
+        found.extend(frame[..bytes].get(18..24).and_then(|sender| <[u8; 6]>::try_from(sender).ok()));
+    }
+    found
+}
+
+#[test]
+fn frames_of_one_that_is_passed_over_do_not_come() {
+    apart(|| {
+        let tap = |name| Tap::open(name, Some("br0"), None, 1500).unwrap();
+        assert!(run("ip link add br0 type bridge") && run("ip link set br0 up"));
+        assert!(run("ip link add v0 type veth peer name v1") && run("ip link set v1 master br0 up"));
+        let (deaf, open) = (tap("tap0"), tap("tap1"));
+        deaf.pass_over([2, 0, 0, 0, 0, 1]);
+        assert!(run("ip addr add 10.9.0.1/24 dev v0"));
+        for last in [1, 2] {
+            assert!(run(&format!("ip link set v0 down address 02:00:00:00:00:0{last}")) && run("ip link set v0 up"));
+            // Nobody answers, but it is asked for.
+            run("ping -c 1 -W 1 10.9.0.2");
+        }
+        let (heard, all) = (senders(&deaf), senders(&open));
+        for last in [1, 2] {
+            assert!(all.contains(&[2, 0, 0, 0, 0, last]), "{all:x?}");
+            assert_eq!(heard.contains(&[2, 0, 0, 0, 0, last]), last == 2, "{heard:x?}");
+        }
     });
 }
 

@@ -159,7 +159,8 @@ impl Net {
     /// Reads the TAP.
     fn hear(&mut self, shared: &Shared) -> Heard {
         match self.tap.file().read(&mut self.frame) {
-            // What the host announces in the guest's name reaches the guest's port too, and would alarm it.
+            // What the host announces in the guest's name reaches the guest's port too, and would alarm it. Where the TAP's filter
+            // has not dropped it before.
             Ok(bytes) if bytes >= FRAME_BYTES_MIN && self.sender() == self.mac => Heard::Nothing,
             Ok(bytes) if bytes >= FRAME_BYTES_MIN => Heard::Frame(bytes),
             Ok(0) => {
