@@ -1,8 +1,9 @@
 //! The fixed part of the downtime: a small idle guest goes there and back between two hosts of this machine, over each link in
-//! turn, with the journal on. Beside it, in the same run, what one append with fsync costs in the folders of the two journals. Not
-//! how the downtime grows with what a guest writes, and no plot.
+//! turn, with the journal on. Beside it, in the same run, what one append with fsync costs in the folders of the two journals. With
+//! `--writes` the guest is not idle, and the last round is what it costs. No plot.
 //!
-//! `cargo bench -p rig --bench downtime -- [--runs 21] [--memory 64M] [--json]` as root, on an otherwise idle machine.
+//! `cargo bench -p rig --bench downtime -- [--runs 21] [--memory 64M] [--writes 200M --working-set 256M] [--json]` as root, on an
+//! otherwise idle machine.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark prints")]
 #![forbid(unsafe_code)]
 
@@ -39,6 +40,12 @@ struct Options {
     /// Memory of the guest
     #[arg(long, default_value = "64M")]
     memory: String,
+    /// What the guest writes in a second
+    #[arg(long, default_value = "0")]
+    writes: String,
+    /// The memory that it writes
+    #[arg(long, default_value = "1M")]
+    working_set: String,
     /// Print every sample as JSON
     #[arg(long)]
     json: bool,
@@ -91,7 +98,7 @@ fn probe(host: &Host) -> Result<File> {
 fn measure(options: &Options) -> Result<(BTreeMap<String, Row>, Samples)> {
     let mut lab = Lab::two_hosts()?;
     lab.start_agents(AgentConfig::default())?;
-    let spec = GuestSpec::new("bench", 1).memory(&options.memory, "16M").dirty("0", "1M");
+    let spec = GuestSpec::new("bench", 1).memory(&options.memory, "16M").dirty(&options.writes, &options.working_set);
     lab.guest(&spec)?;
     let (mut rows, mut appends) = (BTreeMap::<String, Row>::new(), Samples::new());
     let mut probes = [probe(&lab.a)?, probe(&lab.b)?];
@@ -122,7 +129,8 @@ fn words(machine: &Machine) -> String {
 }
 
 fn print(options: &Options, rows: &BTreeMap<String, Row>, appends: &[f64], load: Option<f64>, place: &Path) {
-    println!("Downtime of an idle guest of {}, journal on, medians of {} (lowest to highest), ms", options.memory, options.runs);
+    let Options { memory, writes, working_set, runs, .. } = options;
+    println!("Downtime of a guest of {memory} that writes {writes} a second of {working_set}, journal on, medians of {runs} (lowest to highest), ms");
     println!("{}, load {}", words(&machine::describe("", "lo")), load.map_or("unknown".into(), |load| load.to_string()));
     println!("journals lie in {}\n", place.display());
     println!("| link | downtime | {} | guest's own gap |\n| --- |{}", PARTS.join(" | "), " --- |".repeat(PARTS.len() + 2));
