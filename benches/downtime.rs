@@ -130,7 +130,9 @@ fn words(machine: &Machine) -> String {
 
 fn print(options: &Options, rows: &BTreeMap<String, Row>, appends: &[f64], load: Option<f64>, place: &Path) {
     let Options { memory, writes, working_set, runs, .. } = options;
-    println!("Downtime of a guest of {memory} that writes {writes} a second of {working_set}, journal on, medians of {runs} (lowest to highest), ms");
+    println!(
+        "Downtime of a guest of {memory} that writes {writes} a second of {working_set}, journal on, medians of {runs} (lowest to highest), ms"
+    );
     println!("{}, load {}", words(&machine::describe("", "lo")), load.map_or("unknown".into(), |load| load.to_string()));
     println!("journals lie in {}\n", place.display());
     println!("| link | downtime | {} | guest's own gap |\n| --- |{}", PARTS.join(" | "), " --- |".repeat(PARTS.len() + 2));
