@@ -27,7 +27,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 const PING_WAIT_MS: f64 = 1000.0;
 
 /// Time between two pings, in seconds.
-pub const PING_EVERY: f64 = 0.1;
+const PING_EVERY: f64 = 0.1;
 
 /// What `ping -W 1` saw.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -29,7 +29,7 @@
 //! ```
 //!
 //! Which addresses a guest has is configured, and learned by watching its port ([`Watcher`], [`Learned`]). Whether it answers
-//! in its new place is asked by [`reach`]. What came to its old place meanwhile is sent on by [`Kept`]. Who holds which MAC on the local bridges is read by [`stations`].
+//! in its new place is asked by [`Questions`]. What came to its old place meanwhile is sent on by [`Kept`]. Who holds which MAC on the local bridges is read by [`stations`].
 //!
 //! Not here: the decision *when* a guest may be announced (only after the commit; that is the agent's).
 
@@ -56,7 +56,7 @@ pub use forward::Kept;
 pub use frame::{FRAME_BYTES_MIN, Frame, FrameKind, frames};
 pub use learn::{Claim, LEARNED_MAX, Learned, Way, claim};
 pub use nic::{ADDRESSES_MAX, Nic, mac_words};
-pub use reach::{Questions, Reached, reach, reach_words};
+pub use reach::{Questions, Reached, reach_words};
 pub use schedule::{Due, GAP_MAX, ROUNDS_MAX, Rounds, Schedule, ScheduleError};
 pub use socket::{ListenError, OpenError};
 pub use stations::{Hold, Station, StationsError, stations};

@@ -111,14 +111,6 @@ impl Questions {
     }
 }
 
-/// [`Questions::prepare`] and [`Questions::ask`] at once.
-///
-/// # Errors
-/// See there.
-pub fn reach(nic: &Nic, patience: Duration) -> Result<Reached, String> {
-    Questions::prepare(nic)?.ask(patience)
-}
-
 /// From the interface's own MAC; to the guest alone where its port is known, or else to all.
 fn question(nic: &Nic, own: EthernetAddress, address: &IpAddr) -> Vec<u8> {
     let guest = nic.port.is_some().then_some(EthernetAddress(nic.mac));

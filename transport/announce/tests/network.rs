@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::{Ear, Lab, Namespace};
-use limosa_announce::{Announcer, Hold, Nic, Schedule, Sent, Watcher, frames, reach, reach_words, stations};
+use limosa_announce::{Announcer, Hold, Nic, Questions, Reached, Schedule, Sent, Watcher, frames, reach_words, stations};
 use std::net::IpAddr;
 
 const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
@@ -205,6 +205,10 @@ fn settle_guest(lab: &Lab) {
     lab.guest.ip(&format!("link set guest0 address {MAC_WORDS}"));
     lab.guest.ip("addr add 10.0.0.5/24 dev guest0");
     lab.guest.ip("addr add fd00::5/64 dev guest0 nodad");
+}
+
+fn reach(nic: &Nic, patience: Duration) -> Result<Reached, String> {
+    Questions::prepare(nic)?.ask(patience)
 }
 
 #[test]

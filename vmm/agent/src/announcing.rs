@@ -34,22 +34,19 @@ pub(crate) fn nics(config: &Config, vm: &VmDescription) -> Vec<Nic> {
 /// How long a guest is asked whether it answers before that is given up; the source waits for it with its report.
 const REACH_MAX: Duration = Duration::from_secs(2);
 
-/// What will be asked of a guest once it runs here, or why nothing can be.
-pub(crate) type Asking = Result<Questions, String>;
-
-/// Makes them, for the first card of which an address is known.
-pub(crate) fn questions(nics: &[Nic]) -> Asking {
+/// What will be asked of a guest once it runs here, by the first card of which an address is known; or why nothing can be.
+pub(crate) fn questions(nics: &[Nic]) -> Result<Questions, String> {
     let nic = nics.iter().find(|nic| !nic.addresses.is_empty());
     nic.ok_or("no address of the guest is known; `addresses` of its NIC names them".to_owned()).and_then(Questions::prepare)
 }
 
 /// Begins to ask a guest from this host whether it answers, since it was resumed, on a thread of its own. What is returned gets
 /// the first answer, or why there is none, after [`REACH_MAX`] at the latest.
-pub(crate) fn ask(asking: Asking, resumed: Instant) -> mpsc::Receiver<Reached> {
+pub(crate) fn ask(questions: Result<Questions, String>, resumed: Instant) -> mpsc::Receiver<Reached> {
     let (sender, answer) = mpsc::channel();
     let run = move || {
         // Gone is who waited when the source's patience ended.
-        let _ = sender.send(asked(asking, resumed));
+        let _ = sender.send(asked(questions, resumed));
     };
     if let Err(error) = std::thread::Builder::new().name("reach".into()).spawn(run) {
         tracing::warn!(%error, "the guest is not asked whether it answers: no thread");
@@ -57,8 +54,8 @@ pub(crate) fn ask(asking: Asking, resumed: Instant) -> mpsc::Receiver<Reached> {
     answer
 }
 
-fn asked(asking: Asking, resumed: Instant) -> Reached {
-    let reached = asking.and_then(|questions| {
+fn asked(questions: Result<Questions, String>, resumed: Instant) -> Reached {
+    let reached = questions.and_then(|questions| {
         let reached = questions.ask(REACH_MAX)?;
         Ok((reached.at, limosa_announce::reach_words(questions.nic(), reached.address)))
     });

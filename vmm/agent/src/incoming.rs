@@ -2,7 +2,7 @@
 //! How a migration goes is decided by `limosa_proto` and carried out by `limosa_link`'s driver.
 
 use crate::agent::Agent;
-use crate::announcing::{self, Asking};
+use crate::announcing;
 use crate::api::{Direction, JobInfo, JobProgress, JobState};
 use crate::asking;
 use crate::audit;
@@ -22,6 +22,7 @@ use crate::process::memory_available;
 use crate::settle;
 use crate::tickets::{self, Arrival};
 use crate::vm::{Claim, Vm, VmState};
+use limosa_announce::Questions;
 use limosa_link::driver::fresh_token;
 use limosa_link::failpoints::{self, Point};
 use limosa_link::host::IncomingProgress;
@@ -125,7 +126,7 @@ impl Hosting for Reception {
             cancel: cancel.clone(),
             announce_end: Arc::default(),
             resumed: Instant::now(),
-            asking: None,
+            questions: None,
             reaching: None,
         };
         Ok(Incoming {
@@ -308,7 +309,7 @@ struct Receiving {
     /// When the guest was resumed here.
     resumed: Instant,
     /// What it will be asked then; none: it has no card.
-    asking: Option<Asking>,
+    questions: Option<Result<Questions, String>>,
     /// Tells whether the guest has answered since.
     reaching: Option<mpsc::Receiver<Reached>>,
 }
@@ -384,7 +385,7 @@ impl DestinationHost for Receiving {
         }
         guest.set_description(own);
         self.agent.vms.learn(&self.agent.config, &guest, &vm.nics);
-        self.asking = guest.description().filter(|guest| !guest.nics.is_empty()).map(|guest| {
+        self.questions = guest.description().filter(|guest| !guest.nics.is_empty()).map(|guest| {
             let nics = announcing::nics(&self.agent.config, &guest);
             announcing::questions(&nics)
         });
@@ -433,7 +434,7 @@ impl DestinationHost for Receiving {
         }
         let Some(description) = guest.description() else { return Ok(Vec::new()) };
         guest.announces(Arc::clone(&self.announce_end));
-        self.reaching = self.asking.take().map(|asking| announcing::ask(asking, self.resumed));
+        self.reaching = self.questions.take().map(|questions| announcing::ask(questions, self.resumed));
         let (agent, job) = (Arc::clone(&self.agent), self.job);
         let keep = move |lines: &[String]| agent.jobs.update(job, |info| info.announcements.extend_from_slice(lines));
         let told = announce(&self.agent, &description, Arc::clone(&self.announce_end), keep)?;

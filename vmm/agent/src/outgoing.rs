@@ -209,7 +209,7 @@ pub(crate) fn resume(vm: &Vm, patience: Duration) -> Result<(), HostError> {
 
 /// Has the paused guest's VMM give up its disks, if it has any. A VMM that has ended holds nothing any more.
 pub(crate) fn give_up_disks(vm: &Vm) -> Result<(), HostError> {
-    if vm.description().is_some_and(|description| description.disks.is_empty()) {
+    if !vm.may_have_disks() {
         return Ok(());
     }
     let given = vm.connection_within(REPLUG_MAX).map_err(HostError::new).and_then(|connection| {

@@ -169,6 +169,11 @@ impl Vm {
         inner.description.clone().map(|description| with_learned(description, &inner.learned))
     }
 
+    /// Whether it has disks, or may have some that its VMM has not described.
+    pub(crate) fn may_have_disks(&self) -> bool {
+        self.lock().description.as_ref().is_none_or(|description| !description.disks.is_empty())
+    }
+
     /// A description that the VMM has just given, likewise.
     pub(crate) fn with_learned(&self, description: VmDescription) -> VmDescription {
         with_learned(description, &self.lock().learned)

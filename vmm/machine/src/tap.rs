@@ -155,6 +155,7 @@ impl Tap {
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?;
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK)).map_err(failed)?;
         let mut tap = Self { file: File::from(fd), name: name.to_owned(), offload: false };
+        // What is no name is refused, whatever the descriptor is.
         request(name)?;
         if tap.flags().is_some() {
             tap.offload = true;

@@ -77,6 +77,11 @@ impl RdmaFabric {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// No lane of `migration` finds it any more.
+    fn forget(&self, migration: &Arc<Migration>) {
+        self.open().retain(|one| !Arc::ptr_eq(one, migration));
+    }
+
     /// The migration that `request` is for, if it knows its token.
     pub(super) fn find(&self, request: &LaneRequest) -> Option<Arc<Migration>> {
         let asked = |one: &&Arc<Migration>| {
@@ -202,9 +207,10 @@ impl Migration {
         held.domain.as_ref().is_none_or(|domain| Arc::strong_count(domain) == own)
     }
 
-    /// Gives all memory back to the device's host.
+    /// Gives all memory back to the device's host; it is opened to nobody any more.
     fn give_back(&self) -> Result<(), String> {
         let mut held = self.held();
+        held.closed = true;
         let regions = std::mem::take(&mut held.regions);
         held.mappings.clear();
         held.domain = None;
@@ -251,7 +257,7 @@ impl Exposed for Open {
     }
 
     fn close(&self) -> Result<(), ExposedError> {
-        self.fabric.open().retain(|one| !Arc::ptr_eq(one, &self.migration));
+        self.fabric.forget(&self.migration);
         self.migration.close().map_err(ExposedError::Device)?;
         match self.migration.suspects.found() {
             Some((pages, first)) if self.migration.page_check() => Err(ExposedError::PageCheck { pages, first }),
@@ -262,8 +268,7 @@ impl Exposed for Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        // A page that is wrong has been said by the first call, or the migration has failed in another way.
-        let _ = self.close();
+        self.fabric.forget(&self.migration);
         if let Err(error) = self.migration.give_back() {
             tracing::error!(error, migration = %self.migration.exposure.migration, "guest memory was not taken back");
         }
